@@ -1,0 +1,93 @@
+"""Checks at the border: each looks at static values only, never at what a tracer holds.
+
+Every message names the argument, its value, what was expected and, where there is one, the remedy.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sgd_jax._typing import Examples, Params
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Returns ``value`` as an int; raises unless it is a whole number of at least 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f"{name} must be a whole number, got {value!r} of type {type(value).__name__}"
+        )
+    if value.__index__() < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value.__index__()
+
+
+def finite_float(name: str, value: Any, *, low: float, low_allowed: bool, high: float) -> None:
+    """Raises unless a concrete ``value`` lies between ``low`` and ``high`` (exclusive) and is finite.
+
+    A traced value passes: what it will hold is not known at the border.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    above = value >= low if low_allowed else value > low
+    if not (math.isfinite(value) and above and value < high):
+        opening = "[" if low_allowed else "("
+        raise ValueError(f"{name} must be a finite number in {opening}{low}, {high}), got {value}")
+
+
+def num_examples(examples: Examples) -> int:
+    """Returns n, the length of the leading axis that all leaves of ``examples`` share.
+
+    Raises:
+      ValueError: there are no leaves, a leaf is a scalar, or leading axes differ.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(examples)
+    if not leaves:
+        raise ValueError(
+            "examples holds no arrays; expected a pytree of arrays with leading axis n"
+        )
+    sizes = {}
+    for path, leaf in leaves:
+        name = "examples" + jax.tree_util.keystr(path)
+        if jnp.ndim(leaf) == 0:
+            raise ValueError(
+                f"{name} is a scalar; expected a leading axis over examples. "
+                "For a single example, add the axis: jax.tree.map(lambda leaf: leaf[None], example)"
+            )
+        sizes[name] = jnp.shape(leaf)[0]
+    if len(set(sizes.values())) > 1:
+        listing = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"leading axes of examples differ ({listing}); expected one n for all leaves"
+        )
+    n = next(iter(sizes.values()))
+    if n == 0:
+        raise ValueError("examples is empty (n = 0); the mean over no examples is undefined")
+    return n
+
+
+def floating_params(params: Params) -> None:
+    """Raises unless ``params`` has leaves and all of them are real floating-point arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params holds no arrays; there is nothing to differentiate")
+    for path, leaf in leaves:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} has dtype {dtype}; expected floating point. "
+                "Pass what is not trained inside `examples` or close over it in `fun`"
+            )
+
+
+def scalar_cost(cost: Any) -> None:
+    """Raises unless ``cost``, the abstract output of a cost function, is one floating-point scalar."""
+    shape, dtype = getattr(cost, "shape", None), getattr(cost, "dtype", None)
+    if shape != ():
+        raise ValueError(
+            f"fun must return a scalar, the cost of ONE example; got {cost}. "
+            "Sum over the outputs of one example; never over a batch axis"
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"fun must return a floating-point cost, got dtype {dtype}")

@@ -1,0 +1,178 @@
+"""Training as pure, compiled functions: one step, one epoch. No printing, no files."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sgd_jax import _validate
+from sgd_jax._typing import Array, CostFn, Examples, Params
+
+
+class TrainState(NamedTuple):
+    """What training carries from step to step."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: Array
+    """Number of steps taken, int32 scalar."""
+
+
+class StepInfo(NamedTuple):
+    """What a step reports; from an epoch, each field with leading axis (steps,)."""
+
+    cost: Array
+    """Mean cost of the mini-batch at the params BEFORE the step."""
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+      params: a pytree of floating-point arrays.
+      optimizer: `sgd` or any optax optimizer.
+
+    Returns:
+      A `TrainState` at step 0. It shares the buffers of ``params``.
+
+    Raises:
+      ValueError: params holds no arrays.
+      TypeError: a leaf of params is not real floating point.
+    """
+    _validate.floating_params(params)
+    params = jax.tree.map(jnp.asarray, params)
+    return TrainState(params, optimizer.init(params), jnp.zeros([], jnp.int32))
+
+
+def mean_value_and_grad(
+    fun: CostFn,
+) -> Callable[[Params, Examples, Array], tuple[Array, Params]]:
+    """Returns the weighted mean of the costs of examples, and its gradient.
+
+    C = Σ_j c_j C_j and ∇C = Σ_j c_j ∇C_j. With c_j = 1/m these are the mean cost and the mini-batch
+    gradient. The per-example gradients are taken by ``vmap(grad)`` and summed explicitly.
+
+    Args:
+      fun: the cost of ONE example.
+
+    Returns:
+      A function ``(params, examples, weights) -> (cost, gradient)``; weights are c, shape (m,), and
+      an example of weight zero contributes exactly zero unless its own gradient is non-finite.
+    """
+    per_example = jax.vmap(jax.value_and_grad(fun), in_axes=(None, 0))
+
+    def weighted(params: Params, examples: Examples, weights: Array) -> tuple[Array, Params]:
+        costs, grads = per_example(params, examples)
+
+        def mean(g: Array) -> Array:
+            return jnp.tensordot(weights.astype(g.dtype), g, axes=1)
+
+        return mean(costs), jax.tree.map(mean, grads)
+
+    return weighted
+
+
+def make_step(
+    fun: CostFn, optimizer: optax.GradientTransformation, *, donate: bool = False
+) -> Callable[[TrainState, Examples], tuple[TrainState, StepInfo]]:
+    """Returns one step of training on a mini-batch, compiled.
+
+    The step takes ĝ = 1/m Σ_j ∇fun(w, X_j) over the m examples given, all at the old w, hands it to
+    the optimizer and adds the update. With `sgd` that is w ← w − (η/m) Σ_j ∇fun(w, X_j).
+
+    Args:
+      fun: the cost of ONE example, ``(params, example) -> scalar``.
+      optimizer: `sgd` or any optax optimizer.
+      donate: give the buffers of the incoming state to the outgoing one. Saves one copy of params
+        and optimizer state; the state handed in must then not be used again.
+
+    Returns:
+      A jitted function ``(state, examples) -> (state, info)``. It compiles once per shape and dtype.
+      It raises `ValueError` where examples is empty or its leading axes differ.
+
+    >>> import jax.numpy as jnp, sgd_jax as sj
+    >>> fun = lambda w, x: sj.quadratic_cost(w, x)
+    >>> optimizer = sj.sgd(learning_rate=0.5)
+    >>> step = make_step(fun, optimizer)
+    >>> state, info = step(sj.init_state(jnp.array(0.0), optimizer), jnp.array([1.0, 3.0]))
+    >>> float(state.params), float(info.cost)  # w = 0 + ½·2;  C = (½·1 + ½·9) / 2
+    (1.0, 2.5)
+    """
+    update = _make_update(fun, optimizer)
+
+    def step(state: TrainState, examples: Examples) -> tuple[TrainState, StepInfo]:
+        m = _validate.num_examples(examples)
+        return update(state, examples, jnp.full((m,), 1 / m))
+
+    return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+def make_epoch(
+    fun: CostFn, optimizer: optax.GradientTransformation, *, donate: bool = False
+) -> Callable[[TrainState, Examples, Array], tuple[TrainState, StepInfo]]:
+    """Returns an epoch of training: one compiled program that walks explicit mini-batches.
+
+    Row s of ``batches`` holds the indices of mini-batch s; the rows are taken in order, each one a
+    step as in `make_step`. An entry of −1 means "no example here": it has weight zero, and the step
+    divides by the number of entries that are not −1. So a short last mini-batch is a row filled up
+    with −1, as `sampling.epoch(..., keep_last=True)` makes it. Any order goes: reshuffled, fixed,
+    with repetitions.
+
+    Args:
+      fun: the cost of ONE example, ``(params, example) -> scalar``.
+      optimizer: `sgd` or any optax optimizer.
+      donate: give the buffers of the incoming state to the outgoing one; the state handed in must
+        then not be used again.
+
+    Returns:
+      A jitted function ``(state, examples, batches) -> (state, info)``: examples has leading axis n
+      and stays where it is, batches is (steps, m) of any integer dtype, and ``info.cost`` is
+      (steps,). Under `jax.vmap` it trains many states at a time. Indices are not checked, for they
+      live on the device: they must lie in [−1, n), and each row must name at least one example (a
+      row of −1 alone gives a non-finite cost). It raises `ValueError` where batches is not a matrix
+      and `TypeError` where it is not of integers.
+
+    >>> import jax.numpy as jnp, sgd_jax as sj
+    >>> optimizer = sj.sgd(learning_rate=0.5)
+    >>> epoch = make_epoch(sj.quadratic_cost, optimizer)
+    >>> state = sj.init_state(jnp.array(0.0), optimizer)
+    >>> state, info = epoch(state, jnp.array([1.0, 3.0, 8.0]), jnp.array([[0, 1], [2, -1]]))
+    >>> float(state.params), int(state.step)  # 0 → ½·2 = 1 → 1 + ½·7 = 4.5
+    (4.5, 2)
+    """
+    update = _make_update(fun, optimizer)
+
+    def epoch(state: TrainState, examples: Examples, batches: Array) -> tuple[TrainState, StepInfo]:
+        _validate.num_examples(examples)
+        if jnp.ndim(batches) != 2:
+            raise ValueError(f"batches must be (steps, m), got shape {jnp.shape(batches)}")
+        if not jnp.issubdtype(jnp.result_type(batches), jnp.integer):
+            raise TypeError(f"batches must hold indices, got dtype {jnp.result_type(batches)}")
+
+        def body(state: TrainState, indices: Array) -> tuple[TrainState, StepInfo]:
+            present = indices >= 0
+            batch = jax.tree.map(lambda leaf: leaf[jnp.maximum(indices, 0)], examples)
+            return update(state, batch, present / jnp.sum(present))
+
+        return jax.lax.scan(body, state, batches)
+
+    return jax.jit(epoch, donate_argnums=(0,) if donate else ())
+
+
+def _make_update(
+    fun: CostFn, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Examples, Array], tuple[TrainState, StepInfo]]:
+    """Returns one step on weighted examples, not compiled: what a step and an epoch share."""
+    gradient = mean_value_and_grad(fun)
+
+    def update(
+        state: TrainState, examples: Examples, weights: Array
+    ) -> tuple[TrainState, StepInfo]:
+        cost, grads = gradient(state.params, examples, weights)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), StepInfo(cost)
+
+    return update
