@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from sgd_jax._typing import Examples, Params
@@ -24,7 +25,7 @@ def positive_int(name: str, value: Any) -> int:
 
 
 def finite_float(name: str, value: Any, *, low: float, low_allowed: bool, high: float) -> None:
-    """Raises unless a concrete ``value`` lies between ``low`` and ``high`` (exclusive) and is finite.
+    """Raises unless a concrete ``value`` is finite and between ``low`` and ``high`` (exclusive).
 
     A traced value passes: what it will hold is not known at the border.
     """
@@ -82,12 +83,11 @@ def floating_params(params: Params) -> None:
 
 
 def scalar_cost(cost: Any) -> None:
-    """Raises unless ``cost``, the abstract output of a cost function, is one floating-point scalar."""
-    shape, dtype = getattr(cost, "shape", None), getattr(cost, "dtype", None)
-    if shape != ():
+    """Raises unless ``cost``, abstract output of a cost function, is a floating-point scalar."""
+    if getattr(cost, "shape", None) != ():
         raise ValueError(
             f"fun must return a scalar, the cost of ONE example; got {cost}. "
             "Sum over the outputs of one example; never over a batch axis"
         )
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"fun must return a floating-point cost, got dtype {dtype}")
+    if not jnp.issubdtype(cost.dtype, jnp.floating):
+        raise TypeError(f"fun must return a floating-point cost, got dtype {cost.dtype}")

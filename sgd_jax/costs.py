@@ -40,8 +40,8 @@ def cross_entropy_cost(output: Array, target: Array) -> Array:
 
     C_x = −Σ_j [y_j ln a_j + (1 − y_j) ln(1 − a_j)], a sum over the coordinates, in nats.
 
-    Cost and gradient are finite for every output in [0, 1]: 0 ln 0 = 0, an output of exactly 1 that
-    should be 0 costs −ln of the spacing of the dtype below 1 (16.6 nats in float32, 36.7 in
+    Cost and gradient are finite for every output in [0, 1]: 0 ln 0 = 0, an output of exactly
+    1 that should be 0 costs −ln of the spacing of the dtype below 1 (16.6 nats in float32, 36.7 in
     float64), and one of exactly 0 that should be 1 costs −ln of the smallest normal number (87.3 and
     708.4). Those two constants have gradient zero: a network that saturates completely stops
     learning. Where weighted inputs are at hand, `logit_cross_entropy_cost` is exact everywhere.
@@ -102,8 +102,8 @@ def mean_cost(fun: CostFn) -> Callable[[Params, Examples], Array]:
       fun: the cost of ONE example, ``(params, example) -> scalar``.
 
     Returns:
-      A function ``(params, examples) -> scalar``; every leaf of ``examples`` has leading axis n ≥ 1.
-      It raises `ValueError` where leading axes differ or n = 0.
+      A function ``(params, examples) -> scalar``; every leaf of ``examples`` has leading axis
+      n ≥ 1. It raises `ValueError` where leading axes differ or n = 0.
 
     >>> import jax.numpy as jnp
     >>> fun = lambda w, x: quadratic_cost(w * x, jnp.ones_like(x))

@@ -1,5 +1,6 @@
 """A network of sigmoid neurons: a' = σ(W a + b), layer after layer, for ONE input."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -65,7 +66,9 @@ def init_network(
         return Layer(weights, jax.random.normal(biases_key, (n_out,), dtype))
 
     keys = jax.random.split(key, len(sizes) - 1)
-    return tuple(init_layer(k, *pair) for k, pair in zip(keys, zip(sizes, sizes[1:]), strict=True))
+    return tuple(
+        init_layer(k, *pair) for k, pair in zip(keys, itertools.pairwise(sizes), strict=True)
+    )
 
 
 def weighted_input(params: Network, x: Array) -> Array:

@@ -10,8 +10,8 @@ from sgd_jax._typing import Array
 def epoch(key: Array, n: int, m: int, *, keep_last: bool = False) -> Array:
     """Returns the mini-batches of one epoch by random reshuffling.
 
-    A uniformly random permutation of the n examples is cut into consecutive mini-batches of m, so no
-    example is used twice. The n mod m examples left over are dropped; with ``keep_last=True`` they
+    A uniformly random permutation of the n examples is cut into consecutive mini-batches of m,
+    so no example is used twice. The n mod m examples left over are dropped; with ``keep_last=True`` they
     make a last, short mini-batch instead, filled up with −1: "no example here". `make_epoch` gives
     such an entry weight zero and divides by the length of the short batch.
 

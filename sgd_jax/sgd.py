@@ -1,9 +1,10 @@
 """Stochastic gradient descent, written out, in optax's ``GradientTransformation`` protocol."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -17,7 +18,7 @@ Schedule = Callable[[Array], Array]
 class SGDState(NamedTuple):
     """What SGD carries from step to step."""
 
-    count: Array
+    step: Array
     """Number of steps taken, int32 scalar: what a learning-rate schedule is evaluated at."""
     velocity: Params | None
     """The decaying sum of gradients, like params; None without momentum."""
@@ -32,16 +33,16 @@ def sgd(
 ) -> optax.GradientTransformation:
     """Returns stochastic gradient descent: w ← w − η (d + λ w).
 
-    With g the gradient of the MEAN cost of the mini-batch, η the learning rate, μ the momentum and λ
-    the weight decay, one step is::
+    With g the gradient of the MEAN cost of the mini-batch, η the learning rate, μ the momentum and
+    λ the weight decay, one step is::
 
         v ← g + μ v                        velocity, starting at 0
         d = v, or g + μ v with Nesterov    direction (v already renewed)
         w ← w − η (d + λ w)                old w on the right
 
-    so plain SGD (μ = λ = 0) is w ← w − η g. Weight decay is decoupled: it never enters the velocity.
-    Nielsen's L2 regularization, w ← (1 − ηλ'/n) w − η g, is ``weight_decay=λ'/n`` with a mask that
-    is False at the biases. `update` needs ``params`` only where there is weight decay.
+    so plain SGD (μ = λ = 0) is w ← w − η g. Weight decay is decoupled: it never enters the
+    velocity. Nielsen's L2 regularization, w ← (1 − ηλ'/n) w − η g, is ``weight_decay=λ'/n`` with
+    a mask that is False at the biases. `update` needs ``params`` only where there is weight decay.
 
     Args:
       learning_rate: η > 0, or a schedule: a function from the number of steps taken to η.
@@ -84,13 +85,11 @@ def sgd(
     if mask is not None and not has_decay:
         raise ValueError("mask chooses what decays, but weight_decay = 0; drop the mask")
 
-    def init(params: Params) -> SGDState:
+    def init(params: Params) -> Any:
         velocity = jax.tree.map(jnp.zeros_like, params) if has_momentum else None
         return SGDState(jnp.zeros([], jnp.int32), velocity)
 
-    def update(
-        updates: Params, state: SGDState, params: Params | None = None
-    ) -> tuple[Params, SGDState]:
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
         direction, velocity = updates, None
         if has_momentum:
             direction = velocity = tree_axpy(momentum, state.velocity, updates)
@@ -98,16 +97,16 @@ def sgd(
             direction = tree_axpy(momentum, velocity, updates)
         if has_decay:
             direction = _add_decay(weight_decay, mask, direction, params)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
         steps = jax.tree.map(lambda d: -jnp.asarray(rate, d.dtype) * d, direction)
-        return steps, SGDState(state.count + 1, velocity)
+        return steps, SGDState(state.step + 1, velocity)
 
     return optax.GradientTransformation(init, update)
 
 
 def _is_used(coefficient: float | Array) -> bool:
     """Whether a coefficient can be other than zero: a traced one, as in a sweep, can."""
-    return isinstance(coefficient, jax.core.Tracer) or coefficient != 0
+    return isinstance(coefficient, jax.core.Tracer) or bool(coefficient != 0)
 
 
 def _add_decay(

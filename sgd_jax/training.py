@@ -89,8 +89,8 @@ def make_step(
         and optimizer state; the state handed in must then not be used again.
 
     Returns:
-      A jitted function ``(state, examples) -> (state, info)``. It compiles once per shape and dtype.
-      It raises `ValueError` where examples is empty or its leading axes differ.
+      A jitted function ``(state, examples) -> (state, info)``. It compiles once per shape and
+      dtype. It raises `ValueError` where examples is empty or its leading axes differ.
 
     >>> import jax.numpy as jnp, sgd_jax as sj
     >>> fun = lambda w, x: sj.quadratic_cost(w, x)
