@@ -20,5 +20,7 @@ def tree_norm(a: PyTree) -> Array:
 
 
 def tree_axpy(alpha: Array | float, x: PyTree, y: PyTree) -> PyTree:
-    """Returns α x + y, leaf by leaf."""
-    return jax.tree.map(lambda x_leaf, y_leaf: alpha * x_leaf + y_leaf, x, y)
+    """Returns α x + y, leaf by leaf; α takes the dtype of x."""
+    return jax.tree.map(
+        lambda x_leaf, y_leaf: jnp.asarray(alpha, x_leaf.dtype) * x_leaf + y_leaf, x, y
+    )

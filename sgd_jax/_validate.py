@@ -31,8 +31,14 @@ def finite_float(name: str, value: Any, *, low: float, low_allowed: bool, high: 
     """
     if isinstance(value, jax.core.Tracer):
         return
+    try:
+        finite = math.isfinite(value)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be one number, got {value!r} of type {type(value).__name__}"
+        ) from error
     above = value >= low if low_allowed else value > low
-    if not (math.isfinite(value) and above and value < high):
+    if not (finite and above and value < high):
         opening = "[" if low_allowed else "("
         raise ValueError(f"{name} must be a finite number in {opening}{low}, {high}), got {value}")
 

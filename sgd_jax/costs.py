@@ -103,7 +103,8 @@ def mean_cost(fun: CostFn) -> Callable[[Params, Examples], Array]:
 
     Returns:
       A function ``(params, examples) -> scalar``; every leaf of ``examples`` has leading axis
-      n ≥ 1. It raises `ValueError` where leading axes differ or n = 0.
+      n ≥ 1. It raises `ValueError` where leading axes differ, n = 0 or a cost is no scalar, and
+      `TypeError` where it is not floating point.
 
     >>> import jax.numpy as jnp
     >>> fun = lambda w, x: quadratic_cost(w * x, jnp.ones_like(x))
@@ -113,7 +114,9 @@ def mean_cost(fun: CostFn) -> Callable[[Params, Examples], Array]:
 
     def cost(params: Params, examples: Examples) -> Array:
         _validate.num_examples(examples)
-        return jnp.mean(jax.vmap(fun, in_axes=(None, 0))(params, examples))
+        costs = jax.vmap(fun, in_axes=(None, 0))(params, examples)
+        _validate.scalar_cost(jax.ShapeDtypeStruct(costs.shape[1:], costs.dtype))
+        return jnp.mean(costs)
 
     return cost
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -60,6 +59,7 @@ def sgd(
       ValueError: a concrete argument is non-finite or outside its range, or Nesterov without
         momentum, or a mask without weight decay. `update` raises it where weight decay finds no
         params.
+      TypeError: a concrete argument is not one number.
 
     >>> import jax.numpy as jnp, optax
     >>> optimizer = sgd(learning_rate=0.5)
@@ -105,8 +105,8 @@ def sgd(
 
 
 def _is_used(coefficient: float | Array) -> bool:
-    """Whether a coefficient can be other than zero: a traced one, as in a sweep, can."""
-    return isinstance(coefficient, jax.core.Tracer) or bool(coefficient != 0)
+    """Whether a coefficient can be other than zero: a JAX array, as in a sweep, always can."""
+    return isinstance(coefficient, jax.Array) or bool(coefficient != 0)
 
 
 def _add_decay(

@@ -42,7 +42,8 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
       TypeError: a leaf of params is not real floating point.
     """
     _validate.floating_params(params)
-    params = jax.tree.map(jnp.asarray, params)
+    # An explicit dtype makes weakly typed leaves strong, as every step returns them.
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
     return TrainState(params, optimizer.init(params), jnp.zeros([], jnp.int32))
 
 
