@@ -1,0 +1,74 @@
+"""`load`: the one door to every source of examples."""
+
+import os
+from pathlib import Path
+
+from sgd_jax.data.digits import load_digits
+from sgd_jax.data.examples import Dataset
+from sgd_jax.data.mnist import SOURCES, load_mnist
+from sgd_jax.data.npz import load_npz
+
+
+def load(
+    dataset: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = True,
+) -> Dataset:
+    """Returns training, validation and test examples, split without any randomness.
+
+    - `digits`: scikit-learn's 1,797 digits of 8 × 8 pixels 0 … 16, uint8, scale 16. Of the
+      examples of each class, numbered k = 0, 1, … in file order, those with k mod 6 = 4 validate,
+      k mod 6 = 5 test, and the rest train: 1,204 / 297 / 296.
+    - `mnist`, `fashion_mnist`: 28 × 28 pixels 0 … 255, uint8, scale 255. The first 50,000 of the
+      training file train, its last 10,000 validate, the test file's 10,000 test.
+    - a path ending in `.npz`: arrays `x_train`, `y_train`, `x_test`, `y_test`, and optionally
+      `x_validation`, `y_validation`; other arrays are ignored. `x_*` is (n, ...), flattened to
+      (n, num_features), all of one dtype: uint8 (scale 255), float32, float64, or float16, which
+      becomes float32 (scale 1). `y_*` is (n,), integers. The classes are 0 … max(y_train).
+      Without validation arrays the last tenth of the training examples, rounded down but at
+      least one, is held out: shuffle before writing the file. Pickles are never read.
+
+    MNIST is looked for in `data_dir/<dataset>/`, then in `data_dir`: all four IDX files in the one
+    or in the other, gzipped or not. Otherwise the missing ones are downloaded to the former, from
+    the first of two mirrors whose file has the right checksum, under a temporary name until then.
+    A file that exists is never written to.
+
+    Args:
+      dataset: `digits`, `mnist`, `fashion_mnist`, or the path of an `.npz` file.
+      data_dir: Folder of the MNIST files; by default a cache folder of the user. The other data
+        sets do not use it.
+      download: Whether missing MNIST files may be fetched.
+
+    Returns:
+      The data set; labels are int32, inputs as stored: divide them by `scale`.
+
+    Raises:
+      ValueError: An unknown name; a damaged, empty or mismatched file; labels outside the
+        classes; NaN or infinity among the inputs.
+      TypeError: A dtype other than those above.
+      FileNotFoundError: Files are missing and could not be, or were not to be, downloaded.
+      ImportError: scikit-learn or pooch is needed and missing.
+
+    Example:
+      >>> digits = load("digits")
+      >>> digits.train.inputs.shape, digits.validation.inputs.shape, digits.test.inputs.shape
+      ((1204, 64), (297, 64), (296, 64))
+      >>> float(digits.train.inputs.max() / digits.scale)
+      1.0
+
+    Sources: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
+    Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, "Gradient-based learning applied to document
+    recognition", 1998. H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST", arXiv:1708.07747. The
+    split of MNIST: M. Nielsen, "Neural Networks and Deep Learning", chapter 1.
+    """
+    name = os.fspath(dataset)
+    if name == "digits":
+        return load_digits()
+    if name in SOURCES:
+        return load_mnist(name, None if data_dir is None else Path(data_dir).expanduser(), download)
+    if name.lower().endswith(".npz"):
+        return load_npz(Path(name).expanduser())
+    raise ValueError(
+        f"dataset is {name!r}; expected digits, {', '.join(SOURCES)}, or the path of an .npz file. "
+        "Write data of your own with np.savez."
+    )
