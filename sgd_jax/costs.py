@@ -42,8 +42,8 @@ def cross_entropy_cost(output: Array, target: Array) -> Array:
 
     Cost and gradient are finite for every output in [0, 1]: 0 ln 0 = 0, an output of exactly
     1 that should be 0 costs −ln of the spacing of the dtype below 1 (16.6 nats in float32, 36.7 in
-    float64), and one of exactly 0 that should be 1 costs −ln of the smallest normal number (87.3 and
-    708.4). Those two constants have gradient zero: a network that saturates completely stops
+    float64), and one of exactly 0 that should be 1 costs −ln of the smallest normal number (87.3
+    and 708.4). Those two constants have gradient zero: a network that saturates completely stops
     learning. Where weighted inputs are at hand, `logit_cross_entropy_cost` is exact everywhere.
 
     Args:
