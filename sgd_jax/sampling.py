@@ -13,7 +13,8 @@ def epoch(key: Array, n: int, m: int, *, keep_last: bool = False) -> Array:
     A uniformly random permutation of the n examples is cut into consecutive mini-batches of m,
     so no example is used twice. The n mod m examples left over are dropped; with
     ``keep_last=True`` they make a last, short mini-batch instead, filled up with −1: "no example
-    here". `make_epoch` gives such an entry weight zero and divides by the length of the short batch.
+    here". `make_epoch` gives such an entry weight zero and divides by the length of the short
+    batch.
 
     Args:
       key: a JAX random key.
