@@ -8,7 +8,7 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-hypothesis.settings.register_profile("house", derandomize=True, deadline=None, max_examples=20)
+hypothesis.settings.register_profile("house", derandomize=True, deadline=None, max_examples=8)
 hypothesis.settings.load_profile("house")
 
 

@@ -4,6 +4,7 @@
 Python's and NumPy's generators. The figures are facts; nothing of that repository is here.
 """
 
+import itertools
 import os
 import random
 
@@ -26,10 +27,10 @@ PUBLISHED = {  # epoch: test cost, test images right, training cost, training im
 
 
 def initial_network() -> sj.networks.Network:
-    generator = np.random.RandomState(SEED)  # noqa: NPY002 - the published seed is of this one
+    generator = np.random.RandomState(SEED)
 
     def draw(scaled: bool) -> sj.networks.Network:
-        pairs = list(zip(SIZES, SIZES[1:], strict=False))
+        pairs = list(itertools.pairwise(SIZES))
         biases = [generator.randn(n_out) for _, n_out in pairs]
         weights = [generator.randn(n_out, n_in) for n_in, n_out in pairs]
         if scaled:
