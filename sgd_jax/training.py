@@ -155,7 +155,10 @@ def make_epoch(
         def body(state: TrainState, indices: Array) -> tuple[TrainState, StepInfo]:
             present = indices >= 0
             batch = jax.tree.map(lambda leaf: leaf[jnp.maximum(indices, 0)], examples)
-            return update(state, batch, present / jnp.sum(present))
+            num_present = jnp.sum(present)
+            # NaN said outright: XLA turns a division of bools by zero into zero.
+            absent_weight = jnp.where(num_present > 0, 0.0, jnp.nan)
+            return update(state, batch, jnp.where(present, 1 / num_present, absent_weight))
 
         return jax.lax.scan(body, state, batches)
 
