@@ -1,0 +1,214 @@
+"""Training a network of sigmoid neurons to classify: its compiled programs, for several seeds."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sgd_jax as sj
+from sgd_jax._tree import tree_norm
+from sgd_jax._typing import Array, CostFn, Params
+from sgd_jax.data import Dataset, Examples
+from sgd_jax.networks import InitScheme
+
+Cost = Literal["quadratic", "cross_entropy"]
+
+_CHUNK_SIZE = 2048  # examples that an evaluation looks at together: bounds its memory
+
+
+class Programs(NamedTuple):
+    """What trains and measures the networks of all seeds at once, compiled.
+
+    The state of each seed is a row: every leaf has a leading axis over seeds.
+    """
+
+    init: Callable[[], sj.TrainState]
+    """The states before the first step."""
+    epoch: Callable[[sj.TrainState, int], tuple[sj.TrainState, Array]]
+    """From the states and the number of the epoch to the states after it and the cost of each
+    mini-batch, (num_seeds, steps). The states given are used up."""
+    evaluate: Callable[[Params], dict[str, Any]]
+    """From params to what is measured: Python numbers by name, lists of them for several seeds."""
+
+
+def make_programs(
+    dataset: Dataset,
+    optimizer: optax.GradientTransformation,
+    *,
+    sizes: tuple[int, ...],
+    cost: Cost,
+    init: InitScheme,
+    batch_size: int,
+    seeds: range,
+    dtype: jax.typing.DTypeLike,
+) -> Programs:
+    """Compiles the programs and puts the data on the device, pixels as the bytes they came as.
+
+    The order of epoch e is drawn from (seed, e) alone, so training can go on from the state after
+    any epoch. A run of seed s does the same among other seeds as alone, up to rounding.
+
+    `evaluate` measures, on each of train, validation and test, `cost_*`, the mean cost, and
+    `accuracy_*`, the share of examples whose largest output is that of their class (the first
+    among equals); further `gradient_norm`, ‖∇C‖ of the mean cost of the whole training set without
+    weight decay, and `dead_classes_test`, the number of classes in the test set of whose examples
+    fewer than one in ten are right: the mark of an output neuron that died, or has yet to wake.
+    """
+    fun, output = _example_functions(cost, dataset.num_classes, dataset.scale, dtype)
+    epoch = sj.make_epoch(fun, optimizer)
+    n = len(dataset.train.labels)
+    data = {
+        name: _to_device(getattr(dataset, name), dtype) for name in ("train", "validation", "test")
+    }
+    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(
+        jnp.arange(seeds.start, seeds.stop, dtype=jnp.uint32)
+    )
+
+    @jax.vmap
+    def init_one(keys: Array) -> sj.TrainState:
+        return sj.init_state(sj.init_network(keys[0], sizes, init, dtype), optimizer)
+
+    def train(
+        state: sj.TrainState, keys: Array, number: Array, examples: Examples
+    ) -> tuple[sj.TrainState, Array]:
+        def train_one(state: sj.TrainState, keys: Array) -> tuple[sj.TrainState, Array]:
+            key = jax.random.fold_in(keys[1], number)
+            batches = sj.sampling.epoch(key, n, batch_size, keep_last=True)
+            state, info = epoch(state, examples, batches)
+            return state, info.cost
+
+        return jax.vmap(train_one)(state, keys)
+
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    def measure(params: Params, data: dict[str, Examples]) -> dict[str, _Totals]:
+        return {
+            name: _sum_over_chunks(
+                _make_totals(fun, output, dataset.num_classes, with_gradient=name == "train"),
+                params,
+                examples,
+            )
+            for name, examples in data.items()
+        }
+
+    def norms(params: Params, data: dict[str, Examples]) -> dict[str, _Totals]:
+        totals = measure(params, data)
+        norm = jax.vmap(tree_norm)(totals["train"].gradient)
+        return totals | {"train": totals["train"]._replace(gradient=norm)}
+
+    init_fn = jax.jit(init_one).lower(keys).compile()
+    state = jax.eval_shape(init_one, keys)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    train_fn = jax.jit(train, donate_argnums=0).lower(state, keys, number, data["train"]).compile()
+    measure_fn = jax.jit(norms).lower(state.params, data).compile()
+    sizes_of_classes = {
+        name: np.bincount(getattr(dataset, name).labels, minlength=dataset.num_classes)
+        for name in data
+    }
+    return Programs(
+        init=lambda: init_fn(keys),
+        epoch=lambda state, number: train_fn(state, keys, np.int32(number), data["train"]),
+        evaluate=lambda params: _to_columns(measure_fn(params, data), sizes_of_classes),
+    )
+
+
+def _example_functions(
+    cost: Cost, num_classes: int, scale: float, dtype: jax.typing.DTypeLike
+) -> tuple[CostFn, Callable[[Params, Array], Array]]:
+    """Returns the cost of one example, and the output for one input as it is stored."""
+
+    def scaled(stored: Array) -> Array:
+        return stored.astype(dtype) / scale
+
+    def fun(params: Params, example: Examples) -> Array:
+        x = scaled(jnp.asarray(example.inputs))
+        y = jax.nn.one_hot(example.labels, num_classes, dtype=dtype)
+        if cost == "quadratic":
+            return sj.quadratic_cost(sj.feedforward(params, x), y)
+        return sj.logit_cross_entropy_cost(sj.weighted_input(params, x), y)
+
+    def output(params: Params, stored: Array) -> Array:
+        return sj.feedforward(params, scaled(stored))
+
+    return fun, output
+
+
+class _Totals(NamedTuple):
+    """Sums over examples."""
+
+    cost: Array
+    right: Array
+    """Examples answered right, by class: (num_classes,) int32."""
+    gradient: Params
+    """Of the summed cost; None where it is not wanted."""
+
+
+def _make_totals(
+    fun: CostFn, output: Callable[[Params, Array], Array], num_classes: int, *, with_gradient: bool
+) -> Callable[[Params, Examples, Array], _Totals]:
+    """Returns a function (params, examples, present) -> totals over the examples present."""
+
+    def totals(params: Params, examples: Examples, present: Array) -> _Totals:
+        def summed_cost(params: Params) -> Array:
+            costs = jax.vmap(fun, in_axes=(None, 0))(params, examples)
+            return jnp.sum(jnp.where(present, costs, 0))
+
+        if with_gradient:
+            cost, gradient = jax.value_and_grad(summed_cost)(params)
+        else:
+            cost, gradient = summed_cost(params), None
+        outputs = jax.vmap(output, in_axes=(None, 0))(params, jnp.asarray(examples.inputs))
+        is_right = present & (jnp.argmax(outputs, axis=1) == examples.labels)
+        right = (
+            jnp.zeros(num_classes, jnp.int32).at[examples.labels].add(is_right.astype(jnp.int32))
+        )
+        return _Totals(cost, right, gradient)
+
+    return totals
+
+
+def _sum_over_chunks(
+    totals_fn: Callable[[Params, Examples, Array], _Totals], params: Params, examples: Examples
+) -> _Totals:
+    """Returns the totals over all examples, of which few are looked at together."""
+    n = len(examples.labels)
+    size = min(n, _CHUNK_SIZE)
+
+    def total(number: Array) -> _Totals:
+        start = jnp.minimum(
+            number * size, n - size
+        )  # the last chunk reaches back into the one before
+        chunk = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), examples)
+        return totals_fn(params, chunk, start + jnp.arange(size) >= number * size)
+
+    def body(totals: _Totals, number: Array) -> tuple[_Totals, None]:
+        return jax.tree.map(jnp.add, totals, total(number)), None
+
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(total, jnp.int32(0))
+    )
+    return jax.lax.scan(body, zeros, jnp.arange(-(-n // size), dtype=jnp.int32))[0]
+
+
+def _to_device(examples: Examples, dtype: jax.typing.DTypeLike) -> Any:
+    inputs = examples.inputs
+    if inputs.dtype != np.uint8:
+        inputs = inputs.astype(dtype)
+    return jax.device_put(Examples(inputs, examples.labels))
+
+
+def _to_columns(totals: dict[str, _Totals], sizes: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Returns what was measured, from totals with a leading axis over seeds and class sizes."""
+    columns = {}
+    for name, size in sizes.items():
+        cost, right, gradient = map(np.asarray, totals[name])
+        columns[f"cost_{name}"] = cost / size.sum()
+        columns[f"accuracy_{name}"] = right.sum(axis=1) / size.sum()
+        if name == "train":
+            columns["gradient_norm"] = gradient / size.sum()
+        if name == "test":
+            columns["dead_classes_test"] = np.sum(10 * right < size, axis=1)
+    lists = {name: values.tolist() for name, values in columns.items()}
+    return {name: v if len(v) > 1 else v[0] for name, v in lists.items()}

@@ -1,0 +1,89 @@
+"""What every program here does alike: help, errors of the user, keeping compiled programs."""
+
+import contextlib
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from absl import app, flags, logging
+
+HelpGroups = Mapping[str, Sequence[flags.FlagHolder]]
+"""Flags by the heading that --help shows them under."""
+
+
+def start(main: Callable[[], int], doc: str, groups: HelpGroups) -> None:
+    """Parses the command line and leaves with the exit code of ``main``; never returns.
+
+    Exit code 2 and one message on stderr for what is wrong with the command line, 130 after Ctrl-C.
+    """
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        if set(argv[1:]) & {"--help", "-help", "-h", "--helpshort", "--helpfull"}:
+            print(help_text(doc, groups))
+            sys.exit(0)
+        try:
+            rest = flags.FLAGS(list(argv))
+        except flags.Error as error:
+            fail(f"{error} (--help lists the flags)")
+        if rest[1:]:
+            fail(f"got {' '.join(rest[1:])!r}, which is no flag; expected --name=value. See --help")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
+        return rest
+
+    app.run(lambda argv: main(), flags_parser=parse)
+
+
+def help_text(doc: str, groups: HelpGroups) -> str:
+    """Returns the text of --help: what the program does, then its flags under their headings."""
+    lines = [doc.strip()]
+    for heading, holders in groups.items():
+        lines += ["", f"{heading}:"]
+        for holder in holders:
+            flag = flags.FLAGS[holder.name]
+            boolean = isinstance(flag.default, bool)
+            default = "" if boolean or flag.default is None else f"={_show(flag.default)}"
+            lines += [f"  --{holder.name}{default}"]
+            lines += textwrap.wrap(
+                flag.help or "", 84, initial_indent="      ", subsequent_indent="      "
+            )
+    return "\n".join(lines)
+
+
+def _show(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns an error of the checks that run before the work into a message and exit code 2.
+
+    By the house style what a check raises names the value, what was expected and the remedy, so the
+    message is all a user needs. Anything else is a fault of ours and keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Leaves with exit code 2 and the message on stderr."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep what it compiles in a cache folder of the user, so the next start is quicker.
+
+    JAX_COMPILATION_CACHE_DIR names another folder; empty, it turns the cache off.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "sgd_jax" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

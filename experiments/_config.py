@@ -1,0 +1,114 @@
+"""What a classification run is asked to do, checked before any work starts."""
+
+import dataclasses
+import math
+from typing import get_args
+
+import numpy as np
+import optax
+
+from experiments import _classifier, _optimizers
+from sgd_jax import data
+from sgd_jax.networks import InitScheme
+
+NUM_HIDDEN = 30
+SMOKE_EPOCHS = 2
+_SMOKE_EXAMPLES = 200
+DTYPES = ("float32", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that decides what is trained; the flags of the same names say what each is."""
+
+    dataset: str = "digits"
+    data_dir: str | None = None
+    sizes: tuple[int, ...] | None = None
+    cost: _classifier.Cost = "quadratic"
+    init: InitScheme = "scaled"
+    batch_size: int = 10
+    learning_rate: float = 3.0
+    epochs: int = 30
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    optimizer: str = "sgd"
+    seed: int = 0
+    num_seeds: int = 1
+    dtype: str = "float32"
+    smoke: bool = False
+
+    def __post_init__(self):
+        """Raises ValueError at what is wrong whatever the data are."""
+        costs, schemes = get_args(_classifier.Cost), get_args(InitScheme)
+        sizes_are_good = self.sizes is None or (len(self.sizes) >= 2 and min(self.sizes) >= 1)
+        for name, is_good, expected in (
+            ("sizes", sizes_are_good, "two or more whole numbers of at least 1, as in 784,30,10"),
+            ("cost", self.cost in costs, f"one of {', '.join(costs)}"),
+            ("init", self.init in schemes, f"one of {', '.join(schemes)}"),
+            ("batch_size", self.batch_size >= 0, "at least 1, or 0 (full) for gradient descent"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
+            ("epochs", self.epochs >= 0, "a whole number of at least 0"),
+            ("momentum", 0 <= self.momentum < 1, "a number in [0, 1)"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
+            ("num_seeds", self.num_seeds >= 1, "a whole number of at least 1"),
+            ("seed", 0 <= self.seed <= 2**32 - self.num_seeds, "seeds from 0 to 2³² − 1"),
+            ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+        ):
+            if not is_good:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+        make_optimizer(self, num_examples=1)
+
+
+def load(config: Config) -> data.Dataset:
+    """Returns the data set that ``config`` names; of each part the first few with ``smoke``."""
+    dataset = data.load(config.dataset, config.data_dir)
+    if not config.smoke:
+        return dataset
+    few = slice(_SMOKE_EXAMPLES)
+    parts = {
+        name: data.Examples(*(leaf[few] for leaf in getattr(dataset, name)))
+        for name in ("train", "validation", "test")
+    }
+    return dataset._replace(**parts)
+
+
+def resolve(config: Config, dataset: data.Dataset) -> Config:
+    """Returns ``config`` with the sizes of the network filled in.
+
+    Raises:
+      ValueError: sizes or batch size do not fit the data, or the inputs do not fit the dtype.
+    """
+    n, num_inputs = dataset.train.inputs.shape
+    ends = (num_inputs, dataset.num_classes)
+    sizes = config.sizes or (num_inputs, NUM_HIDDEN, dataset.num_classes)
+    if (sizes[0], sizes[-1]) != ends:
+        fitting = ",".join(map(str, (num_inputs, *sizes[1:-1], dataset.num_classes)))
+        raise ValueError(
+            f"sizes is {','.join(map(str, sizes))}; expected {num_inputs} first, the inputs of an "
+            f"example of {dataset.name}, and {dataset.num_classes} last, its classes: "
+            f"--sizes={fitting}"
+        )
+    if config.batch_size > n:
+        raise ValueError(
+            f"batch_size is {config.batch_size}; expected at most {n}, the training examples of "
+            f"{dataset.name}. Gradient descent on all of them is --batch_size=full"
+        )
+    for part in (dataset.train, dataset.validation, dataset.test):
+        if part.inputs.dtype.kind == "f" and abs(part.inputs).max() > np.finfo(config.dtype).max:
+            raise ValueError(
+                f"dtype is {config.dtype}, in which inputs of {dataset.name} are infinite; "
+                "expected one that holds them: use --dtype=float64, or scale the data"
+            )
+    return dataclasses.replace(config, sizes=sizes)
+
+
+def make_optimizer(config: Config, num_examples: int) -> optax.GradientTransformation:
+    """Returns the optimizer; raises ValueError where name and options do not go together."""
+    return _optimizers.make_optimizer(
+        config.optimizer,
+        learning_rate=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay / num_examples,
+    )

@@ -1,0 +1,63 @@
+"""What a training program shows: a table that grows by a line an epoch, and a progress bar."""
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sgd_jax import runs
+
+
+class TrainingDisplay:
+    """The table and, on a terminal, a progress bar below it; a context manager.
+
+    Args:
+      num_epochs: How many epochs the run has when it ends.
+      console: Where to; stdout unless given.
+    """
+
+    def __init__(self, num_epochs: int, console: Console | None = None):
+        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("epoch"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=num_epochs)
+        labels = runs.column_labels()
+        self._widths = [max(len(label), 8) for label in labels]
+        self._head = self._line(labels)
+        self._started = False
+
+    def __enter__(self) -> "TrainingDisplay":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Shows a line of text."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Shows a line of metrics; for several seeds their medians."""
+        if not self._started:
+            self._console.print(self._head, style="bold", markup=False, soft_wrap=True)
+            self._started = True
+        self.say(self._line(runs.format_record(record)))
+        self._progress.update(self._task, completed=record["epoch"])
+
+    def _line(self, cells: list[str]) -> str:
+        return "  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True))

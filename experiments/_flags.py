@@ -1,0 +1,128 @@
+"""The flags of a classification run, by heading: defined once, for every program that trains."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+from absl import flags
+
+from experiments import _classifier
+from experiments._cli import HelpGroups
+from experiments._config import DTYPES, NUM_HIDDEN, SMOKE_EPOCHS, Config
+from experiments._recorded import Output
+from sgd_jax.networks import InitScheme
+
+GROUPS: HelpGroups = {
+    "Data": (
+        flags.DEFINE_string(
+            "dataset", Config.dataset, "digits, mnist, fashion_mnist, or the path of an .npz file."
+        ),
+        flags.DEFINE_string(
+            "data_dir",
+            None,
+            "Folder of the MNIST files; by default a cache of the user, filled by download.",
+        ),
+    ),
+    "Network": (
+        flags.DEFINE_string(
+            "sizes",
+            None,
+            f"Neurons per layer, as in 784,30,10; by default inputs,{NUM_HIDDEN},classes.",
+        ),
+        flags.DEFINE_enum(
+            "init",
+            Config.init,
+            get_args(InitScheme),
+            "standard deviation of the first weights: 1 or 1/√inputs. The book starts with normal.",
+        ),
+        flags.DEFINE_enum("dtype", Config.dtype, DTYPES, "of all computation."),
+    ),
+    "Training": (
+        flags.DEFINE_enum("cost", Config.cost, get_args(_classifier.Cost), "of an example."),
+        flags.DEFINE_string(
+            "batch_size",
+            str(Config.batch_size),
+            "Examples per step; 0 or full: all of them, which is gradient descent.",
+        ),
+        flags.DEFINE_float(
+            "learning_rate", Config.learning_rate, "η, times the mean gradient of a mini-batch."
+        ),
+        flags.DEFINE_integer(
+            "epochs",
+            Config.epochs,
+            f"Passes over the training examples; {SMOKE_EPOCHS} with --smoke.",
+        ),
+        flags.DEFINE_float("momentum", Config.momentum, "μ in [0, 1)."),
+        flags.DEFINE_boolean("nesterov", Config.nesterov, "Look a step ahead; needs momentum."),
+        flags.DEFINE_float(
+            "weight_decay",
+            Config.weight_decay,
+            "λ of the book: each step scales the weights, not the biases, by 1 − ηλ/n, n being "
+            "the number of training examples.",
+        ),
+        flags.DEFINE_string(
+            "optimizer",
+            Config.optimizer,
+            "sgd, or an optimizer of optax, such as adam; its other options stay as they are.",
+        ),
+    ),
+    "Seeds": (
+        flags.DEFINE_integer(
+            "seed", Config.seed, "Decides the first weights and the order of the examples."
+        ),
+        flags.DEFINE_integer(
+            "num_seeds",
+            Config.num_seeds,
+            "Trains this many networks as one program, from --seed on, and reports the spread.",
+        ),
+    ),
+    "Run folder": (
+        flags.DEFINE_string("out_dir", Output.out_dir, "Folder of all run folders."),
+        flags.DEFINE_string(
+            "run_name", None, "Name of the run folder; by default data set and time."
+        ),
+        flags.DEFINE_boolean(
+            "resume",
+            Output.resume,
+            "Go on with --run_name from its last checkpoint. Flags not given stay as they were; "
+            "--epochs, counted from the beginning, may grow.",
+        ),
+        flags.DEFINE_list(
+            "log_to",
+            list(Output.log_to),
+            "Besides jsonl, which is always written: tensorboard, wandb.",
+        ),
+        flags.DEFINE_boolean("smoke", Config.smoke, "Try everything on a few examples."),
+    ),
+}
+
+
+def given_settings() -> dict[str, Any]:
+    """Returns the settings that the command line names, parsed, by name."""
+    holders = [holder for group in GROUPS.values() for holder in group]
+    given = {holder.name: holder.value for holder in holders if holder.present}
+    for name, parse in (("sizes", _parse_sizes), ("batch_size", _parse_batch_size)):
+        if name in given:
+            given[name] = parse(given[name])
+    if "log_to" in given:
+        given["log_to"] = tuple(given["log_to"])
+    if given.get("dataset", "").endswith(".npz"):
+        given["dataset"] = str(Path(given["dataset"]).expanduser().absolute())
+    if given.get("smoke"):
+        given.setdefault("epochs", SMOKE_EPOCHS)
+    return given
+
+
+def _parse_sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"sizes is {text!r}; expected whole numbers with commas between, as in 784,30,10"
+        ) from error
+
+
+def _parse_batch_size(text: str) -> int:
+    try:
+        return 0 if text == "full" else int(text)
+    except ValueError as error:
+        raise ValueError(f"batch_size is {text!r}; expected a whole number, or full") from error

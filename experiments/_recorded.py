@@ -1,0 +1,257 @@
+"""A run that leaves a folder behind: settings, metrics, checkpoints, picture, report."""
+
+import contextlib
+import dataclasses
+import hashlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import sgd_jax as sj
+from experiments._console import TrainingDisplay
+from sgd_jax import data, runs
+
+
+class DivergenceError(ArithmeticError):
+    """A cost that is not finite: nothing after it can be trusted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where a run goes; the flags of the same names say what each is."""
+
+    out_dir: str = "runs"
+    run_name: str | None = None
+    resume: bool = False
+    log_to: tuple[str, ...] = ("jsonl",)
+
+
+def read_stored(output: Output) -> dict[str, Any] | None:
+    """Checks that the run can be written; returns `config.json` of the one to resume, or None.
+
+    Raises:
+      ValueError: no name to resume, a bad name, an unknown logger.
+      FileNotFoundError, FileExistsError: there is no such run, or, not resuming, there is one.
+      OSError: the folder cannot be written to.
+      ImportError: the library of a logger is missing.
+    """
+    runs.check_loggers(output.log_to)
+    out_dir = Path(output.out_dir)
+    if not output.resume:
+        if output.run_name is not None:
+            runs.check_new_name(out_dir, output.run_name)
+        runs.check_writable(out_dir)
+        return None
+    if output.run_name is None:
+        raise ValueError("resume is set; expected --run_name to say which run to go on with")
+    folder = runs.RunFolder.open(out_dir, output.run_name)
+    runs.check_writable(folder.path)
+    return folder.read_config()
+
+
+def merge_settings(
+    stored: dict[str, Any], given: dict[str, Any], free: frozenset[str]
+) -> dict[str, Any]:
+    """Returns the settings of a run to go on with: those stored, and those given now.
+
+    Raises:
+      ValueError: a setting that is not ``free`` is given and differs; names each, with both values.
+    """
+    differing = [
+        f"{name} is {stored[name]!r} there and {value!r} now"
+        for name, value in given.items()
+        if name not in free and stored[name] != value
+    ]
+    if differing:
+        raise ValueError(
+            f"resume is set, but settings differ from those of the run: {'; '.join(differing)}. "
+            "Leave these flags out to go on as before, or start a new run"
+        )
+    return stored | given
+
+
+def is_complete(output: Output, epochs: int) -> bool:
+    """Whether the run to resume has nothing left to do; raises ValueError if it went further."""
+    folder = runs.RunFolder.open(Path(output.out_dir), output.run_name or "")
+    done = max((record["epoch"] for record in folder.read_metrics()), default=0)
+    if done > epochs:
+        raise ValueError(
+            f"epochs is {epochs}, but {folder.path} has trained {done} already; expected at least "
+            "as many. --epochs counts from the beginning of the run"
+        )
+    summary = folder.read_summary()
+    return summary is not None and summary["status"] == "complete" and summary["epochs"] == epochs
+
+
+def open_folder(
+    output: Output,
+    settings: dict[str, Any],
+    dataset: data.Dataset,
+    stored: dict[str, Any] | None,
+    source: str,
+) -> tuple[runs.RunFolder, list[str]]:
+    """Makes the run folder, or opens it again, and writes `config.json`.
+
+    Returns:
+      The folder, and notes for the user: what the run works on and, where it is resumed, what may
+      keep it from being the same to the last bit.
+
+    Raises:
+      ValueError: the data are not those that the run began with.
+    """
+    experiment = Path(source).stem
+    environment = runs.describe_environment(source)
+    digest = _digest(dataset)
+    device = environment["device"]
+    num_train, num_validation, num_test = (len(part.labels) for part in dataset[1:4])
+    notes = [
+        f"{dataset.name}: {num_train:,} examples to train on, {num_validation:,} to validate, "
+        f"{num_test:,} to test; on {device['count']} × {device['kind']}"
+    ]
+    if stored is None:
+        prefix = f"{experiment}-{dataset.name}"
+        folder = runs.RunFolder.create(Path(output.out_dir), output.run_name, prefix)
+    else:
+        folder = runs.RunFolder.open(Path(output.out_dir), output.run_name or "")
+        if stored["data_sha256"] != digest:
+            raise ValueError(
+                f"dataset {dataset.name} holds other data than when {folder.path} began; expected "
+                "the same examples in the same order. Put them back, or start a new run"
+            )
+        notes += [
+            f"warning: {name} was {stored[name]} and is {environment[name]}: results may differ in "
+            "the last bits from those of a run that was not interrupted"
+            for name in ("versions", "device")
+            if stored[name] != environment[name]
+        ]
+    everything = {"experiment": experiment, **settings, **dataclasses.asdict(output)}
+    folder.write_config({**everything, "data_sha256": digest, **environment})
+    return folder, notes
+
+
+def record(
+    folder: runs.RunFolder,
+    output: Output,
+    epochs: int,
+    first_seed: int,
+    notes: list[str],
+    run: Callable[..., Any],
+) -> int:
+    """Runs, recording each epoch; shows a table and what came out; returns the exit code.
+
+    A checkpoint is complete before its line of metrics is written, and holds that line, so nothing
+    that `metrics.jsonl` says can be lost.
+
+    Args:
+      folder: Of the run.
+      output: As given.
+      epochs: When the run ends.
+      first_seed: Of the seeds trained.
+      notes: Shown first.
+      run: Called with `restore` and `on_epoch`.
+    """
+    began = time.perf_counter()
+    config = folder.read_config()
+    status, exit_code, message = "complete", 0, ""
+    with contextlib.ExitStack() as stack:
+        display = stack.enter_context(TrainingDisplay(epochs))
+        for note in notes:
+            display.say(note)
+        loggers = [
+            stack.enter_context(contextlib.closing(runs.LOGGERS[name](folder, config)))
+            for name in dict.fromkeys(output.log_to)
+            if name in runs.LOGGERS
+        ]
+        checkpoints: list[runs.Checkpoints] = []
+
+        def restore(state: sj.TrainState) -> runs.Snapshot | None:
+            opened = runs.Checkpoints(folder.checkpoints_path, _validation_accuracy, like=state)
+            checkpoints.append(stack.enter_context(contextlib.closing(opened)))
+            for warning in opened.damaged:
+                display.say(f"warning: {warning}")
+            latest = opened.latest
+            was_missing = folder.rewind_metrics(latest.record if latest else None)
+            if latest:
+                for logger in loggers if was_missing else []:
+                    logger.log(latest.record)
+                display.show(latest.record)
+            return latest
+
+        def on_epoch(state: sj.TrainState, record: runs.Record) -> None:
+            checkpoints[0].save(state, record)
+            folder.append_metrics(record)
+            for logger in loggers:
+                logger.log(record)
+            display.show(record)
+
+        try:
+            run(restore=restore, on_epoch=on_epoch)
+        except DivergenceError as error:
+            status, exit_code, message = "diverged", 1, str(error)
+        except KeyboardInterrupt:
+            message = "interrupted; go on with the same command and --resume --run_name="
+            status, exit_code, message = "interrupted", 130, message + folder.path.name
+    records = folder.read_metrics()
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    if records:
+        _conclude(folder, config, records, status, first_seed)
+        print(f"{time.perf_counter() - began:.1f} s in all")
+    print(f"run folder: {folder.path}")
+    return exit_code
+
+
+def _conclude(
+    folder: runs.RunFolder,
+    config: dict[str, Any],
+    records: list[runs.Record],
+    status: str,
+    first_seed: int,
+) -> None:
+    """Writes picture, report and, last of all, `summary.json`; prints what came out."""
+    summary = {"status": status, **runs.summarize(records, first_seed), "device": config["device"]}
+    title = f"{folder.path.name}: best test accuracy {summary['best_test_accuracy']:.2%}"
+    runs.draw_learning_curve(folder.figure_path, records, title)
+    runs.write_report(
+        folder.report_path,
+        title=title,
+        config=config,
+        summary=summary,
+        records=records,
+        figure=folder.figure_path,
+    )
+    folder.write_summary(summary)
+    print(
+        f"test accuracy: {summary['final_test_accuracy']:.2%} at the end, "
+        f"{summary['best_test_accuracy']:.2%} at best (epoch {summary['best_epoch']}), "
+        f"{summary['test_accuracy_at_best_validation']:.2%} where validation was best "
+        f"(epoch {summary['best_validation_epoch']})"
+    )
+    if summary["num_seeds"] > 1:
+        for name, spread in summary["spread"].items():
+            low, middle, high = (spread[key] for key in ("min", "median", "max"))
+            print(
+                f"{summary['num_seeds']} seeds, {name.replace('_', ' ')}: median {middle:.2%}, "
+                f"least {low:.2%}, largest {high:.2%}"
+            )
+    if summary["num_stuck"]:
+        seeds = ", ".join(map(str, summary["stuck_seeds"]))
+        print(f"stuck, with a class hardly ever right: {summary['num_stuck']} (seed {seeds})")
+
+
+def _validation_accuracy(record: runs.Record) -> float:
+    return statistics.median(runs.per_seed(record["accuracy_validation"]))
+
+
+def _digest(dataset: data.Dataset) -> str:
+    digest = hashlib.sha256()
+    for part in (dataset.train, dataset.validation, dataset.test):
+        for leaf in part:
+            digest.update(f"{leaf.dtype} {leaf.shape}".encode())
+            digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()

@@ -1,0 +1,162 @@
+"""How well does the textbook network learn to tell handwritten digits apart?
+
+Trains a network of sigmoid neurons by stochastic gradient descent on shuffled mini-batches, as in
+Nielsen, "Neural Networks and Deep Learning", and leaves a run folder behind.
+
+  python -m experiments.train
+  python -m experiments.train --dataset=mnist --init=normal --num_seeds=8
+  python -m experiments.train --run_name=mine --epochs=10
+  python -m experiments.train --run_name=mine --epochs=20 --resume
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import sgd_jax as sj
+from experiments import _classifier, _cli, _flags, _recorded
+from experiments._config import Config, load, make_optimizer, resolve
+from experiments._recorded import DivergenceError, Output
+from sgd_jax import data, runs
+
+_FREE_TO_CHANGE = frozenset({"epochs", "data_dir"})
+"""What may differ when a run is resumed: when it ends, and where the same data now lie."""
+
+
+class Result(NamedTuple):
+    """What a run returns."""
+
+    state: sj.TrainState
+    """After the last epoch; every leaf has a leading axis over seeds."""
+    records: list[runs.Record]
+    """The lines of metrics of the epochs of this call; see `run`."""
+
+
+def run(
+    config: Config,
+    dataset: data.Dataset | None = None,
+    *,
+    restore: Callable[[sj.TrainState], runs.Snapshot | None] = lambda state: None,
+    on_epoch: Callable[[sj.TrainState, runs.Record], None] = lambda state, record: None,
+) -> Result:
+    """Trains, measuring before the first epoch and after each.
+
+    A record holds `epoch` (0: before training; the book's "Epoch 0" is 1 here), what
+    `_classifier.make_programs` measures of the network at that moment, `seconds` of training in
+    the epoch, without compiling, measuring and saving, and `examples_per_second`, of all seeds
+    together (None at epoch 0). For several seeds what is measured is a list in their order.
+
+    Args:
+      config: What to train.
+      dataset: Of examples; by default what `load` returns.
+      restore: Called once with the initial state; returns where to go on from, or None. What
+        follows is then bit for bit what would have followed.
+      on_epoch: Called with state and record of each epoch, the first included unless restored. The
+        next epoch uses the state up: copy what is to be kept.
+
+    Raises:
+      ValueError: the settings do not fit the data, or float64 is wanted and not enabled.
+      DivergenceError: a cost is not finite; names the epoch, the step and the likely cause.
+    """
+    if config.dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError(
+            "dtype is float64, but JAX computes in float32; expected 64 bits to be enabled before "
+            "the first array is made: jax.config.update('jax_enable_x64', True)"
+        )
+    dataset = load(config) if dataset is None else dataset
+    config = resolve(config, dataset)
+    n = len(dataset.train.labels)
+    seeds = range(config.seed, config.seed + config.num_seeds)
+    programs = _classifier.make_programs(
+        dataset,
+        make_optimizer(config, num_examples=n),
+        sizes=config.sizes or (),
+        cost=config.cost,
+        init=config.init,
+        batch_size=config.batch_size or n,
+        seeds=seeds,
+        dtype=np.dtype(config.dtype),
+    )
+    records = []
+
+    def report(state: sj.TrainState, epoch: int, seconds: float) -> None:
+        measured = programs.evaluate(state.params)
+        _check_measured(measured, epoch, config)
+        speed = len(seeds) * n / seconds if epoch else None
+        records.append(
+            {"epoch": epoch, **measured, "seconds": seconds, "examples_per_second": speed}
+        )
+        on_epoch(state, records[-1])
+
+    state = programs.init()
+    snapshot = restore(state)
+    if snapshot is None:
+        done = 0
+        report(state, 0, 0.0)
+    else:
+        done, state = snapshot.epoch, snapshot.state
+    for epoch in range(done + 1, config.epochs + 1):
+        start = time.perf_counter()
+        state, costs = jax.block_until_ready(programs.epoch(state, epoch))
+        seconds = time.perf_counter() - start
+        _check_costs(np.asarray(costs), epoch, config)
+        report(state, epoch, seconds)
+    return Result(state, records)
+
+
+def _check_costs(costs: np.ndarray, epoch: int, config: Config) -> None:
+    """Raises DivergenceError at the first of the costs (num_seeds, steps) that is not finite."""
+    bad = ~np.isfinite(costs)
+    if bad.any():
+        step = int(np.argmax(bad.any(axis=0)))
+        index = int(np.argmax(bad[:, step]))
+        where = f"at epoch {epoch}, step {step + 1} of {costs.shape[1]}"
+        raise _divergence(f"the cost became {costs[index, step]} {where}", index, config)
+
+
+def _check_measured(measured: dict[str, Any], epoch: int, config: Config) -> None:
+    for name, values in measured.items():
+        for index, value in enumerate(runs.per_seed(values)):
+            if not math.isfinite(value):
+                raise _divergence(f"{name} is {value} at the end of epoch {epoch}", index, config)
+
+
+def _divergence(what: str, index: int, config: Config) -> DivergenceError:
+    return DivergenceError(
+        f"{what} (seed {config.seed + index}). The likely cause is a learning rate that is too "
+        f"large, {config.learning_rate:g}: try --learning_rate={config.learning_rate / 10:g}"
+    )
+
+
+def main() -> int:
+    """Reads the flags, trains, leaves the run folder; returns the exit code."""
+    _cli.keep_compiled_programs()
+    with _cli.user_errors():
+        given = _flags.given_settings()
+        output = Output(**{f.name: given.pop(f.name) for f in fields(Output) if f.name in given})
+        stored = _recorded.read_stored(output)
+        if stored is None:
+            config = Config(**given)
+        else:
+            names = [field.name for field in fields(Config)]
+            before = {name: stored[name] for name in names} | {"sizes": tuple(stored["sizes"])}
+            config = Config(**_recorded.merge_settings(before, given, _FREE_TO_CHANGE))
+            if _recorded.is_complete(output, config.epochs):
+                print(f"complete: {output.run_name} has trained its {config.epochs} epochs already")
+                return 0
+        jax.config.update("jax_enable_x64", config.dtype == "float64")
+        dataset = load(config)
+        config = resolve(config, dataset)
+        folder, notes = _recorded.open_folder(output, asdict(config), dataset, stored, __file__)
+    train = functools.partial(run, config, dataset)
+    return _recorded.record(folder, output, config.epochs, config.seed, notes, train)
+
+
+if __name__ == "__main__":
+    _cli.start(main, __doc__ or "", _flags.GROUPS)

@@ -1,0 +1,37 @@
+"""What a run leaves behind: a folder of its own, metrics, checkpoints, a picture, a report."""
+
+try:
+    import matplotlib as _matplotlib  # noqa: F401
+    import orbax.checkpoint as _orbax  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"Run folders need orbax-checkpoint and matplotlib ({error}). "
+        "Run: pip install 'sgd_jax[experiments]'"
+    ) from error
+
+from sgd_jax.runs.checkpoints import Checkpoints, Snapshot
+from sgd_jax.runs.environment import describe_environment
+from sgd_jax.runs.folder import Record, RunFolder, check_name, check_new_name, check_writable
+from sgd_jax.runs.loggers import LOGGERS, Logger, check_loggers
+from sgd_jax.runs.report import column_labels, draw_learning_curve, format_record, write_report
+from sgd_jax.runs.summary import per_seed, summarize
+
+__all__ = [
+    "LOGGERS",
+    "Checkpoints",
+    "Logger",
+    "Record",
+    "RunFolder",
+    "Snapshot",
+    "check_loggers",
+    "check_name",
+    "check_new_name",
+    "check_writable",
+    "column_labels",
+    "describe_environment",
+    "draw_learning_curve",
+    "format_record",
+    "per_seed",
+    "summarize",
+    "write_report",
+]

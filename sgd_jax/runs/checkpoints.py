@@ -1,0 +1,119 @@
+"""Checkpoints of a run, by orbax: the last epoch and the best one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from sgd_jax._typing import PyTree
+from sgd_jax.runs.folder import Record
+
+_COMMIT_MARKER = "commit_success.txt"  # orbax's last file, written before the folder gets its name
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint holds."""
+
+    epoch: int
+    state: PyTree
+    record: Record
+    """The line of metrics of that epoch."""
+
+
+class Checkpoints:
+    """The checkpoints in one folder: that of the last epoch, and the best by a score.
+
+    Each holds the state and its line of metrics, so the two never disagree. `save` returns when the
+    checkpoint is complete on the disk. One that is not (half written by a run that was killed, or
+    damaged since) is never restored: it is renamed to `damaged-<epoch>` and the one before is
+    used.
+
+    Args:
+      path: The folder; made where it does not exist.
+      score: From a line of metrics to the number whose largest value, the earliest among equals,
+        marks the best epoch.
+      like: A state with the structure, shapes and dtypes of those saved.
+    """
+
+    def __init__(self, path: Path, score: Callable[[Record], float], like: PyTree):
+        self._path = path.absolute()
+        self._abstract = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, leaf in _named_leaves(like).items()
+        }
+        self._treedef = jax.tree.structure(like)
+        self._path.mkdir(parents=True, exist_ok=True)
+        self.damaged: list[str] = []
+        """What could not be read and why, one sentence each."""
+        self._latest = self._restore_latest()
+
+        def rank(record: Record) -> Any:
+            return score(record), -record["epoch"]
+
+        policies = ocp.checkpoint_managers
+        keep = [policies.LatestN(1), policies.BestN(get_metric_fn=rank, n=1)]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            best_fn=rank,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(self._path, options=options)
+
+    @property
+    def latest(self) -> Snapshot | None:
+        """The last complete checkpoint that was there at the beginning; None where none was."""
+        return self._latest
+
+    def save(self, state: PyTree, record: Record) -> None:
+        """Saves the state after ``record["epoch"]``; removes what is neither last nor best."""
+        arguments = ocp.args.StandardSave(_named_leaves(state))
+        if not self._manager.save(record["epoch"], args=arguments, metrics=record, force=True):
+            raise RuntimeError(f"orbax did not save epoch {record['epoch']} in {self._path}")
+
+    def close(self) -> None:
+        """Waits for what is under way and lets go of the folder."""
+        self._manager.close()
+
+    def _restore_latest(self) -> Snapshot | None:
+        epochs = [int(path.name) for path in self._path.iterdir() if path.name.isdecimal()]
+        latest = None
+        options = ocp.CheckpointManagerOptions(create=False, lightweight_initialize=True)
+        with ocp.CheckpointManager(self._path, options=options) as manager:
+            for epoch in sorted(epochs, reverse=True):  # the best too: the manager reads it later
+                try:
+                    snapshot = self._restore(manager, epoch)
+                except (ValueError, OSError) as error:
+                    self._set_aside(epoch, error)
+                else:
+                    latest = latest or snapshot
+        return latest
+
+    def _restore(self, manager: ocp.CheckpointManager, epoch: int) -> Snapshot:
+        if not (self._path / str(epoch) / _COMMIT_MARKER).is_file():
+            raise ValueError(f"{_COMMIT_MARKER} is missing")
+        record: Any = manager.metrics(epoch)
+        if record is None or record["epoch"] != epoch:
+            raise ValueError("its line of metrics is missing")
+        leaves = manager.restore(epoch, args=ocp.args.StandardRestore(self._abstract))
+        state = jax.tree.unflatten(self._treedef, [leaves[name] for name in self._abstract])
+        return Snapshot(epoch, state, record)
+
+    def _set_aside(self, epoch: int, error: Exception) -> None:
+        number, target = 1, self._path / f"damaged-{epoch}"
+        while target.exists():
+            number += 1
+            target = self._path / f"damaged-{epoch}-{number}"
+        (self._path / str(epoch)).rename(target)
+        self.damaged.append(
+            f"checkpoint {epoch} is incomplete or damaged ({str(error).splitlines()[0]}); "
+            f"it is now {target}"
+        )
+
+
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

@@ -1,0 +1,188 @@
+"""The folder of one run: never that of another, and every JSON file in it whole at any moment."""
+
+import json
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+"""One line of `metrics.jsonl`: what was measured after one epoch."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
+
+
+class RunFolder:
+    """A folder with `config.json`, `metrics.jsonl` and `summary.json`, and room for more.
+
+    Made by `create` or `open`. JSON files are replaced atomically, so a reader or a crash finds
+    the old one or the new one; a line of metrics is on the disk when `append_metrics` returns.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config_path = path / "config.json"
+        self.metrics_path = path / "metrics.jsonl"
+        self.summary_path = path / "summary.json"
+        self.checkpoints_path = path / "checkpoints"
+        self.figure_path = path / "figures" / "learning_curve.png"
+        self.report_path = path / "report.html"
+
+    @classmethod
+    def create(cls, out_dir: Path, name: str | None, prefix: str) -> "RunFolder":
+        """Makes the folder of a new run.
+
+        Args:
+          out_dir: Where runs are kept; made where it does not exist.
+          name: Of the folder; None for ``prefix`` with the time, and a number where that is taken.
+          prefix: What an automatic name begins with.
+
+        Returns:
+          A folder that this call made and nobody else's call did, also under a race.
+
+        Raises:
+          ValueError: ``name`` is not a plain folder name.
+          FileExistsError: there is a run of that name.
+        """
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if name is not None:
+            check_new_name(out_dir, name)
+            (out_dir / name).mkdir()
+            return cls(out_dir / name)
+        prefix = re.sub(r"[^A-Za-z0-9_.+=-]", "_", prefix)
+        stem = f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"
+        number = 1
+        while True:
+            path = out_dir / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return cls(path)
+
+    @classmethod
+    def open(cls, out_dir: Path, name: str) -> "RunFolder":
+        """Returns the folder of an existing run; raises FileNotFoundError where there is none."""
+        check_name(name)
+        folder = cls(out_dir / name)
+        if not folder.config_path.is_file():
+            known = sorted(path.parent.name for path in out_dir.glob("*/config.json"))
+            raise FileNotFoundError(
+                f"run_name is {name!r}, but {folder.config_path} does not exist: no such run. "
+                f"Runs in {out_dir}: {', '.join(known) or 'none'}"
+            )
+        return folder
+
+    def read_config(self) -> dict[str, Any]:
+        """Returns `config.json`."""
+        return json.loads(self.config_path.read_text())
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Replaces `config.json`."""
+        write_json(self.config_path, config)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """Returns `summary.json`, or None where there is none."""
+        return json.loads(self.summary_path.read_text()) if self.summary_path.is_file() else None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replaces `summary.json`."""
+        write_json(self.summary_path, summary)
+
+    def append_metrics(self, record: Record) -> None:
+        """Adds a line to `metrics.jsonl`; it has reached the disk when this returns."""
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[Record]:
+        """Returns the lines of `metrics.jsonl`; a torn last line, left by a crash, is left out."""
+        if not self.metrics_path.is_file():
+            return []
+        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is torn
+
+    def rewind_metrics(self, last: Record | None) -> bool:
+        """Makes ``last`` the last line of `metrics.jsonl`; None empties it.
+
+        Lines of the same and of later epochs are dropped. A checkpoint is saved before its line is
+        written, so after a crash the line of the last checkpoint may be the one that is missing.
+
+        Returns:
+          Whether ``last`` was missing.
+
+        Raises:
+          ValueError: the lines of the epochs before are not all there.
+        """
+        records = self.read_metrics()
+        if last is None:
+            write_text(self.metrics_path, "")
+            return False
+        earlier = [record for record in records if record["epoch"] < last["epoch"]]
+        if [record["epoch"] for record in earlier] != list(range(last["epoch"])):
+            raise ValueError(
+                f"{self.metrics_path} must hold one line for each epoch before {last['epoch']}, "
+                "that of the last checkpoint; it holds those of "
+                f"{[record['epoch'] for record in earlier]}. The file was changed by hand: put it "
+                "back, or start a new run"
+            )
+        write_text(self.metrics_path, "".join(map(_line, [*earlier, last])))
+        return last not in records
+
+
+def check_writable(out_dir: Path) -> None:
+    """Raises OSError, with the remedy, unless files can be written in ``out_dir``; makes it."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"out_dir is {str(out_dir)!r}, where no file can be written ({error}); expected a "
+            "folder you may write to. Give another one with --out_dir"
+        ) from error
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless ``name`` is the plain name of a folder."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"run_name is {name!r}; expected letters, digits and any of _ . + = - after the first, "
+            "without folders: these go into --out_dir"
+        )
+
+
+def check_new_name(out_dir: Path, name: str) -> None:
+    """Raises unless ``name`` is free for a new run."""
+    check_name(name)
+    if (out_dir / name).exists():
+        raise FileExistsError(
+            f"run_name is {name!r}, but {out_dir / name} exists and is never overwritten. Give "
+            "another --run_name, or continue that run with --resume"
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file by ``value`` as JSON, atomically; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file by ``text``, atomically: through a temporary file in the same folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"

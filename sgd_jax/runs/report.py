@@ -1,0 +1,148 @@
+"""The learning curve of a run as a picture, and its report as one file that needs no other."""
+
+import base64
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sgd_jax.runs.folder import Record, write_text
+from sgd_jax.runs.summary import per_seed
+
+_COLORS = {"train": "#4477aa", "validation": "#ccaa22", "test": "#cc3355"}
+_COLUMNS = (
+    ("epoch", "epoch", "{:d}"),
+    ("cost_train", "cost", "{:.4g}"),
+    ("accuracy_train", "train", "{:.2%}"),
+    ("accuracy_validation", "validation", "{:.2%}"),
+    ("accuracy_test", "test", "{:.2%}"),
+    ("gradient_norm", "‖∇C‖", "{:.3g}"),
+    ("seconds", "seconds", "{:.3f}"),
+)
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: auto;
+  padding: 1rem; }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+img { width: 100%; height: auto; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .15rem .8rem .15rem 0; text-align: right; border-bottom: 1px solid #ddd; }
+.pairs th, .pairs td { text-align: left; vertical-align: top; font-weight: normal;
+  overflow-wrap: anywhere; } .pairs th { color: #666; }
+"""
+
+
+def draw_learning_curve(path: Path, records: Sequence[Record], title: str) -> None:
+    """Draws cost, accuracy and gradient norm over the epochs into a PNG file, replaced atomically.
+
+    With several seeds a line is the median, its band reaches from the least to the largest value.
+    """
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
+    epochs = [record["epoch"] for record in records]
+
+    def draw(axis: Any, name: str, color: str, label: str | None = None, scale: float = 1) -> None:
+        values = scale * np.array([per_seed(record[name]) for record in records], np.float64)
+        axis.plot(epochs, np.median(values, axis=1), color=color, label=label, linewidth=1.5)
+        if values.shape[1] > 1:
+            axis.fill_between(
+                epochs, values.min(axis=1), values.max(axis=1), color=color, alpha=0.18, linewidth=0
+            )
+
+    for split, color in _COLORS.items():
+        draw(axes[0], f"cost_{split}", color, split)
+        draw(axes[1], f"accuracy_{split}", color, split, scale=100)
+    draw(axes[2], "gradient_norm", "#333333")
+    num_seeds = len(per_seed(records[0]["accuracy_test"]))
+    spread = f" (median, least to largest of {num_seeds} seeds)" if num_seeds > 1 else ""
+    for axis, label in zip(axes, ("mean cost", "accuracy in %", "‖∇C‖, training set"), strict=True):
+        axis.set_title(label, fontsize=11)
+        axis.set_xlabel("epoch (0: before training)")
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in (axes[0], axes[2]):
+        axis.set_yscale("log")
+    axes[1].legend(loc="lower right")
+    figure.suptitle(title + spread, fontsize=12, parse_math=False)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        FigureCanvasAgg(figure).print_figure(temporary, dpi=120, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    config: dict[str, Any],
+    summary: dict[str, Any],
+    records: Sequence[Record],
+    figure: Path,
+) -> None:
+    """Writes the report of a run as one HTML file without scripts or links, replaced atomically."""
+    picture = base64.b64encode(figure.read_bytes()).decode("ascii")
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>",
+        _pairs(summary),
+        f'<h2>Learning curve</h2><img alt="learning curve" src="data:image/png;base64,{picture}">',
+        f"<h2>Epochs</h2>{_epochs(records)}",
+        f"<h2>Settings</h2>{_pairs(config)}",
+        "</body></html>\n",
+    ]
+    write_text(path, "\n".join(parts))
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    rows = (
+        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(_show(value))}</td></tr>"
+        for name, value in values.items()
+    )
+    return f'<table class="pairs">{"".join(rows)}</table>'
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_show(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_show, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _epochs(records: Sequence[Record]) -> str:
+    head = "".join(f"<th>{html.escape(label)}</th>" for _, label, _ in _COLUMNS)
+    rows = "".join(
+        "<tr>"
+        + "".join(f"<td>{html.escape(text)}</td>" for text in format_record(record))
+        + "</tr>"
+        for record in records
+    )
+    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+
+
+def format_record(record: Record) -> list[str]:
+    """Returns the cells of a line of metrics as in the tables; for several seeds their medians."""
+    cells = []
+    for name, _, template in _COLUMNS:
+        value = record[name]
+        if isinstance(value, list):
+            value = float(np.median(value))
+        cells.append(template.format(value))
+    return cells
+
+
+def column_labels() -> list[str]:
+    """Returns the headings of the cells that `format_record` returns."""
+    return [label for _, label, _ in _COLUMNS]
