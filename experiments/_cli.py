@@ -35,6 +35,7 @@ def start(main: Callable[[], int], doc: str, groups: HelpGroups) -> None:
             logging.set_verbosity(logging.WARNING)
         return rest
 
+    keep_compiled_programs()
     app.run(lambda argv: main(), flags_parser=parse)
 
 

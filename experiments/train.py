@@ -136,7 +136,6 @@ def _divergence(what: str, index: int, config: Config) -> DivergenceError:
 
 def main() -> int:
     """Reads the flags, trains, leaves the run folder; returns the exit code."""
-    _cli.keep_compiled_programs()
     with _cli.user_errors():
         given = _flags.given_settings()
         output = Output(**{f.name: given.pop(f.name) for f in fields(Output) if f.name in given})
@@ -150,7 +149,8 @@ def main() -> int:
             if _recorded.is_complete(output, config.epochs):
                 print(f"complete: {output.run_name} has trained its {config.epochs} epochs already")
                 return 0
-        jax.config.update("jax_enable_x64", config.dtype == "float64")
+        if config.dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
         dataset = load(config)
         config = resolve(config, dataset)
         folder, notes = _recorded.open_folder(output, asdict(config), dataset, stored, __file__)

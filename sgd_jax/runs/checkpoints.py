@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from sgd_jax._typing import PyTree
 from sgd_jax.runs.folder import Record
 
+_STATE, _METRICS = "state", "metrics"  # what a checkpoint holds; the second is orbax's own name
 _COMMIT_MARKER = "commit_success.txt"  # orbax's last file, written before the folder gets its name
 
 
@@ -69,7 +70,7 @@ class Checkpoints:
 
     def save(self, state: PyTree, record: Record) -> None:
         """Saves the state after ``record["epoch"]``; removes what is neither last nor best."""
-        arguments = ocp.args.StandardSave(_named_leaves(state))
+        arguments = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(_named_leaves(state))})
         if not self._manager.save(record["epoch"], args=arguments, metrics=record, force=True):
             raise RuntimeError(f"orbax did not save epoch {record['epoch']} in {self._path}")
 
@@ -80,24 +81,26 @@ class Checkpoints:
     def _restore_latest(self) -> Snapshot | None:
         epochs = [int(path.name) for path in self._path.iterdir() if path.name.isdecimal()]
         latest = None
-        options = ocp.CheckpointManagerOptions(create=False, lightweight_initialize=True)
-        with ocp.CheckpointManager(self._path, options=options) as manager:
-            for epoch in sorted(epochs, reverse=True):  # the best too: the manager reads it later
-                try:
-                    snapshot = self._restore(manager, epoch)
-                except (ValueError, OSError) as error:
-                    self._set_aside(epoch, error)
-                else:
-                    latest = latest or snapshot
+        for epoch in sorted(epochs, reverse=True):  # the best too: the manager reads its record
+            try:
+                snapshot = self._restore(epoch)
+            except (ValueError, OSError) as error:
+                self._set_aside(epoch, error)
+            else:
+                latest = latest or snapshot
         return latest
 
-    def _restore(self, manager: ocp.CheckpointManager, epoch: int) -> Snapshot:
-        if not (self._path / str(epoch) / _COMMIT_MARKER).is_file():
+    def _restore(self, epoch: int) -> Snapshot:
+        checkpoint = self._path / str(epoch)
+        if not (checkpoint / _COMMIT_MARKER).is_file():
             raise ValueError(f"{_COMMIT_MARKER} is missing")
-        record: Any = manager.metrics(epoch)
-        if record is None or record["epoch"] != epoch:
-            raise ValueError("its line of metrics is missing")
-        leaves = manager.restore(epoch, args=ocp.args.StandardRestore(self._abstract))
+        handler = ocp.JsonCheckpointHandler(filename=_METRICS)
+        with ocp.Checkpointer(handler) as reader:
+            record = reader.restore(checkpoint / _METRICS)
+        if record["epoch"] != epoch:
+            raise ValueError(f"it holds epoch {record['epoch']}")
+        with ocp.StandardCheckpointer() as reader:
+            leaves = reader.restore(checkpoint / _STATE, self._abstract)
         state = jax.tree.unflatten(self._treedef, [leaves[name] for name in self._abstract])
         return Snapshot(epoch, state, record)
 

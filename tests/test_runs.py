@@ -1,0 +1,407 @@
+"""Run folders: never another's, whole at any moment, and resumed from what is complete."""
+
+import base64
+import concurrent.futures
+import json
+import shutil
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sgd_jax as sj
+from sgd_jax import runs
+from sgd_jax.runs import folder as folder_module
+
+SPLITS = ("train", "validation", "test")
+
+
+def record(epoch, accuracy, **changes):
+    """Returns a line of metrics in which every accuracy is the same."""
+    line = {"epoch": epoch}
+    for split in SPLITS:
+        line |= {f"cost_{split}": 1 / (1 + epoch), f"accuracy_{split}": accuracy}
+    line |= {"gradient_norm": 0.5, "dead_classes_test": 0}
+    return line | {"seconds": 0.25, "examples_per_second": 100.0} | changes
+
+
+def seeds(epoch, accuracies, dead):
+    lists = {name: [value] * len(dead) for name, value in record(epoch, 0.5).items()}
+    tests = {"accuracy_test": accuracies, "accuracy_validation": accuracies}
+    plain = {"epoch": epoch, "seconds": 2.0, "examples_per_second": 1.0}
+    return lists | tests | {"dead_classes_test": dead} | plain
+
+
+# Names
+
+
+def test_automatic_names_never_meet_even_in_a_race(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: runs.RunFolder.create(tmp_path, None, "a b"), range(16)))
+    assert len({folder.path for folder in made}) == 16
+    assert all(folder.path.is_dir() for folder in made)
+    for folder in made:  # so that the name can be given to --run_name
+        runs.check_name(folder.path.name)
+
+
+def test_a_name_that_exists_is_refused_and_what_it_holds_is_kept(tmp_path):
+    runs.RunFolder.create(tmp_path, "mine", "train").write_config({"kept": True})
+    with pytest.raises(FileExistsError, match=r"'mine'.*--run_name.*--resume"):
+        runs.RunFolder.create(tmp_path, "mine", "train")
+    assert runs.RunFolder.open(tmp_path, "mine").read_config() == {"kept": True}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc", ".hidden", "a b", "-x", "a\n"])
+def test_a_name_that_is_no_plain_folder_name_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="run_name is"):
+        runs.RunFolder.create(tmp_path, name, "train")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_opening_what_is_not_there_lists_what_is(tmp_path):
+    runs.RunFolder.create(tmp_path, "other", "train").write_config({})
+    with pytest.raises(FileNotFoundError, match=r"'mine'.*no such run.*other"):
+        runs.RunFolder.open(tmp_path, "mine")
+
+
+def test_an_unwritable_folder_is_named_with_the_remedy(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"out_dir is .*file/runs.*--out_dir"):
+        runs.check_writable(tmp_path / "file" / "runs")
+    runs.check_writable(tmp_path / "new" / "runs")
+    assert list((tmp_path / "new" / "runs").iterdir()) == []
+
+
+# JSON files
+
+
+def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = runs.RunFolder.create(tmp_path, "mine", "train")
+    assert folder.read_summary() is None
+    folder.write_summary({"old": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        folder.write_summary({"new": float("nan")})
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(folder_module.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        folder.write_summary({"new": 2})
+    assert folder.read_summary() == {"old": 1}
+    assert [path.name for path in folder.path.iterdir()] == ["summary.json"]
+
+
+def test_a_torn_last_line_of_metrics_is_left_out(tmp_path):
+    folder = runs.RunFolder.create(tmp_path, "mine", "train")
+    assert folder.read_metrics() == []
+    lines = [record(epoch, 0.5) for epoch in range(3)]
+    for line in lines:
+        folder.append_metrics(line)
+    assert folder.read_metrics() == lines
+    whole = folder.metrics_path.read_bytes()
+    folder.metrics_path.write_bytes(whole[:-7])
+    assert folder.read_metrics() == lines[:2]
+
+
+def test_metrics_are_rewound_to_the_line_of_the_checkpoint(tmp_path):
+    folder = runs.RunFolder.create(tmp_path, "mine", "train")
+    lines = [record(epoch, 0.5) for epoch in range(4)]
+    for line in lines[:3]:
+        folder.append_metrics(line)
+    assert folder.rewind_metrics(lines[3]) is True  # killed between checkpoint and line
+    assert folder.read_metrics() == lines
+    assert folder.rewind_metrics(lines[1]) is False
+    assert folder.read_metrics() == lines[:2]
+    with pytest.raises(ValueError, match=r"before 3.*\[0, 1\]"):
+        folder.rewind_metrics(lines[3])
+    assert folder.rewind_metrics(None) is False
+    assert folder.metrics_path.read_text() == ""
+
+
+# Summary
+
+
+def test_one_seed_is_summed_up_by_its_own_numbers():
+    validation = [0.2, 0.9, 0.9, 0.8]
+    lines = [
+        record(epoch, test, accuracy_validation=v)
+        for epoch, (test, v) in enumerate(zip([0.1, 0.7, 0.8, 0.6], validation, strict=True))
+    ]
+    summary = runs.summarize(lines)
+    spread = summary.pop("spread")
+    assert summary == {
+        "epochs": 3,
+        "best_test_accuracy": 0.8,
+        "best_epoch": 2,
+        "final_test_accuracy": 0.6,
+        "best_validation_epoch": 1,
+        "test_accuracy_at_best_validation": 0.7,
+        "num_seeds": 1,
+        "num_stuck": 0,
+        "stuck_seeds": [],
+        "seconds": 1.0,
+    }
+    best = {"median": 0.8, "min": 0.8, "max": 0.8, "per_seed": [0.8]}
+    assert spread["best_test_accuracy"] == best
+
+
+def test_several_seeds_are_summed_up_by_their_spread_and_the_stuck_are_counted():
+    lines = [seeds(0, [0.9, 0.1, 0.2], [0, 9, 9]), seeds(1, [0.7, 0.8, 0.5], [0, 0, 3])]
+    summary = runs.summarize(lines, first_seed=5)
+    assert summary["best_test_accuracy"] == 0.8  # of [0.9, 0.8, 0.5], each at its own best epoch
+    assert summary["final_test_accuracy"] == 0.7
+    assert summary["best_epoch"] == 1
+    assert summary["spread"]["best_test_accuracy"]["per_seed"] == [0.9, 0.8, 0.5]
+    final = summary["spread"]["final_test_accuracy"]
+    assert (final["min"], final["max"]) == (0.5, 0.8)
+    assert (summary["num_seeds"], summary["num_stuck"], summary["stuck_seeds"]) == (3, 1, [7])
+
+
+# Checkpoints
+
+
+def make_state(value):
+    """Returns a state with arrays of several dtypes and empty places, as optimizers have them."""
+    params = (sj.Layer(jnp.full((2, 3), value, jnp.float32), jnp.full(2, value, jnp.float64)),)
+    return sj.init_state(params, optax.chain(optax.adam(0.1), sj.sgd(0.1)))
+
+
+def accuracy(line):
+    return line["accuracy_validation"]
+
+
+def save_all(path, accuracies):
+    checkpoints = runs.Checkpoints(path, accuracy, like=make_state(0.0))
+    assert checkpoints.latest is None
+    for epoch, value in enumerate(accuracies):
+        checkpoints.save(make_state(epoch + 1 / 3), record(epoch, value))
+    checkpoints.close()
+
+
+def reopen(path):
+    checkpoints = runs.Checkpoints(path, accuracy, like=make_state(0.0))
+    checkpoints.close()
+    return checkpoints
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y, strict=True)
+
+
+def test_the_last_checkpoint_comes_back_bit_for_bit_with_its_line(tmp_path):
+    save_all(tmp_path, [0.1, 0.3, 0.2])
+    latest = reopen(tmp_path).latest
+    assert latest.epoch == 2
+    assert latest.record == record(2, 0.2)
+    assert_same_bits(latest.state, make_state(2 + 1 / 3))
+
+
+def test_the_last_and_the_best_are_kept_the_first_among_equals(tmp_path):
+    save_all(tmp_path, [0.1, 0.3, 0.3, 0.2, 0.2])
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "4"}
+    checkpoints = runs.Checkpoints(tmp_path, accuracy, like=make_state(0.0))
+    checkpoints.save(make_state(5.0), record(5, 0.25))  # the best is known after reopening
+    checkpoints.save(make_state(6.0), record(6, 0.4))
+    checkpoints.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"6"}
+
+
+def lose_marker(checkpoint):
+    (checkpoint / "commit_success.txt").unlink()
+
+
+def lose_everything(checkpoint):
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+def lose_arrays(checkpoint):
+    shutil.rmtree(checkpoint / "state")
+
+
+def tear_arrays(checkpoint):
+    files = [path for path in (checkpoint / "state" / "d").iterdir() if path.is_file()]
+    for file in [*files, checkpoint / "state" / "manifest.ocdbt"]:
+        file.write_bytes(file.read_bytes()[:10])
+
+
+def tear_metrics(checkpoint):
+    file = checkpoint / "metrics" / "metrics"
+    file.write_text(file.read_text()[:10])
+
+
+def keep_temporary_name(checkpoint):
+    checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.orbax-checkpoint-tmp"))
+
+
+HALF_WRITTEN = [
+    lose_marker,
+    lose_everything,
+    lose_arrays,
+    tear_arrays,
+    tear_metrics,
+    keep_temporary_name,
+]
+
+
+@pytest.mark.parametrize("damage", HALF_WRITTEN)
+def test_a_half_written_checkpoint_is_never_picked_up(tmp_path, damage):
+    save_all(tmp_path, [0.1, 0.3, 0.2])  # leaves 1, the best, and 2
+    damage(tmp_path / "2")
+    checkpoints = runs.Checkpoints(tmp_path, accuracy, like=make_state(0.0))
+    assert checkpoints.latest.epoch == 1
+    assert_same_bits(checkpoints.latest.state, make_state(1 + 1 / 3))
+    assert len(checkpoints.damaged) == (damage is not keep_temporary_name)
+    checkpoints.save(make_state(2.0), record(2, 0.2))  # its place is free again
+    checkpoints.close()
+    assert_same_bits(reopen(tmp_path).latest.state, make_state(2.0))
+
+
+def test_where_no_checkpoint_is_complete_there_is_none(tmp_path):
+    save_all(tmp_path, [0.1])
+    for _ in range(2):
+        lose_marker(tmp_path / "0")
+        checkpoints = runs.Checkpoints(tmp_path, accuracy, like=make_state(0.0))
+        assert checkpoints.latest is None
+        assert "checkpoint 0 is incomplete" in checkpoints.damaged[0]
+        checkpoints.save(make_state(0.0), record(0, 0.1))
+        checkpoints.close()
+
+
+# Loggers
+
+
+def test_tensorboard_reads_back_what_was_logged(tmp_path):
+    folder = runs.RunFolder.create(tmp_path, "mine", "train")
+    logger = runs.LOGGERS["tensorboard"](folder, {})
+    logger.log(record(0, 0.5, examples_per_second=None))
+    logger.log(seeds(1, [0.7, 0.8, 0.5], [0, 0, 3]))
+    logger.close()
+    (path,) = (folder.path / "tensorboard").iterdir()
+    assert read_events(path) == pytest.approx(
+        {("accuracy_test", 0): 0.5, ("accuracy_test/median", 1): 0.7, ("accuracy_test/max", 1): 0.8}
+        | {("accuracy_test/min", 1): 0.5, ("seconds", 0): 0.25, ("seconds", 1): 2.0}
+    )
+
+
+def read_events(path):
+    """Returns what an event file says of accuracy_test and seconds, by tag and step."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+
+    return {
+        (value.tag, event.step): float(make_ndarray(value.tensor))
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.tag.startswith(("accuracy_test", "seconds"))
+    }
+
+
+def test_wandb_gets_every_line_under_the_name_of_the_run(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, values["accuracy_test"]))
+
+        def finish(self):
+            calls.append("finished")
+
+    def init(**arguments):
+        calls.append(arguments)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    folder = runs.RunFolder.create(tmp_path, "mine", "train")
+    logger = runs.LOGGERS["wandb"](folder, {"epochs": 2})
+    logger.log(record(0, 0.5))
+    logger.log(record(1, 0.6))
+    logger.close()
+    start, *rest = calls
+    assert (start["id"], start["config"], start["dir"]) == ("mine", {"epochs": 2}, folder.path)
+    assert rest == [(0, 0.5), (1, 0.6), "finished"]
+
+
+def test_loggers_that_are_unknown_or_missing_are_named(monkeypatch):
+    runs.check_loggers(("jsonl", "tensorboard"))
+    with pytest.raises(ValueError, match=r"'csv'.*jsonl.*tensorboard, wandb"):
+        runs.check_loggers(("jsonl", "csv"))
+    for name in runs.LOGGERS:
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match=rf"sgd_jax\[{name}\]"):
+            runs.check_loggers((name,))
+
+
+# Environment
+
+
+def test_the_environment_names_versions_device_and_a_dirty_commit(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    source = tmp_path / "train.py"
+    source.write_text("1")
+    assert runs.describe_environment(source)["git"] is None
+    git("init")
+    assert runs.describe_environment(source)["git"] is None  # not tracked
+    git("add", "train.py")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "HEAD")
+    assert runs.describe_environment(source)["git"] == {"commit": commit, "dirty": False}
+    source.write_text("2")
+    environment = runs.describe_environment(source)
+    assert environment["git"] == {"commit": commit, "dirty": True}
+    assert environment["versions"]["jax"] == jax.__version__
+    assert environment["versions"]["sgd_jax"] == sj.__version__
+    assert environment["device"]["platform"] == jax.devices()[0].platform
+    json.dumps(environment)
+
+
+# Picture and report
+
+
+def test_the_picture_shows_the_band_of_several_seeds(tmp_path):
+    alike = [seeds(0, [0.1] * 2, [0] * 2), seeds(1, [0.5] * 2, [0] * 2)]
+    apart = [seeds(0, [0.1] * 2, [0] * 2), seeds(1, [0.2, 0.8], [0] * 2)]  # of the same median
+    pictures = []
+    for lines in (alike, apart):
+        path = tmp_path / "figures" / "curve.png"
+        runs.draw_learning_curve(path, lines, "mine with $ and _")
+        pictures.append(path.read_bytes())
+        assert [child.name for child in path.parent.iterdir()] == ["curve.png"]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert pictures[0] != pictures[1]
+
+
+def test_the_report_is_one_escaped_file_with_its_picture(tmp_path):
+    picture = tmp_path / "curve.png"
+    picture.write_bytes(b"\x89PNG not really")
+    path = tmp_path / "report.html"
+    evil = "<script>alert('&')</script>"
+    runs.write_report(
+        path,
+        title=evil,
+        config={evil: evil, "versions": {"jax": evil}},
+        summary={"best_test_accuracy": 0.9},
+        records=[record(0, 0.125), seeds(1, [0.7, 0.8, 0.5], [0, 0, 3])],
+        figure=picture,
+    )
+    text = path.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;") == 5
+    assert f"base64,{base64.b64encode(picture.read_bytes()).decode()}" in text
+    assert "12.50%" in text
+    assert "70.00%" in text  # the median
+    assert 'name="viewport"' in text
+    assert "http" not in text
