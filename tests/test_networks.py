@@ -20,7 +20,7 @@ def as_reference(network):
     return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(network)]
 
 
-@given(st.lists(st.integers(1, 6), min_size=2, max_size=4))
+@pytest.mark.parametrize("sizes", [(1, 1), (6, 2), (5, 4, 3), (2, 1, 6, 3)])
 def test_layers_have_weights_out_by_in_and_biases_out(sizes):
     network = sj.init_network(jax.random.key(0), sizes)
     pairs = itertools.pairwise(sizes)
@@ -78,7 +78,7 @@ def test_the_key_decides_the_network():
 
 
 @pytest.mark.parametrize("dtype", RTOL)
-@given(st.lists(st.integers(1, 6), min_size=2, max_size=4), st.integers(0, 2**16))
+@given(st.sampled_from([(1, 1), (6, 2), (5, 4, 3), (2, 1, 6, 3)]), st.integers(0, 2**16))
 def test_feedforward_equals_the_oracle(dtype, sizes, seed):
     network_key, input_key = jax.random.split(jax.random.key(seed))
     network = sj.init_network(network_key, sizes, dtype=dtype)

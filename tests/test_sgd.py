@@ -69,7 +69,8 @@ def run(optimizer, dtype=jnp.float64):
         params = optax.apply_updates(params, updates)
         return (params, state), jax.flatten_util.ravel_pytree(params)[0]
 
-    return jax.lax.scan(body, (network, optimizer.init(network)), length=NUM_STEPS)[1]
+    start = (network, optimizer.init(network))
+    return jax.jit(lambda start: jax.lax.scan(body, start, length=NUM_STEPS)[1])(start)
 
 
 def run_oracle(learning_rate, mask=None, **hyperparameters):
