@@ -15,6 +15,7 @@ import pytest
 
 import sgd_jax as sj
 from sgd_jax import data
+from sgd_jax.networks import Network
 
 SIZES = (784, 30, 10)
 SEED = 12345678
@@ -26,10 +27,10 @@ PUBLISHED = {  # epoch: test cost, test images right, training cost, training im
 }
 
 
-def initial_network() -> sj.networks.Network:
+def initial_network() -> Network:
     generator = np.random.RandomState(SEED)
 
-    def draw(scaled: bool) -> sj.networks.Network:
+    def draw(scaled: bool) -> Network:
         pairs = list(itertools.pairwise(SIZES))
         biases = [generator.randn(n_out) for _, n_out in pairs]
         weights = [generator.randn(n_out, n_in) for n_in, n_out in pairs]
@@ -53,13 +54,13 @@ def as_published(examples: data.Examples, n: int) -> data.Examples:
     return data.Examples(jnp.asarray(pixels, jnp.float64), jnp.asarray(examples.labels[:n]))
 
 
-def fun(network: sj.networks.Network, example: data.Examples) -> jax.Array:
+def fun(network: Network, example: data.Examples) -> jax.Array:
     target = jax.nn.one_hot(example.labels, SIZES[-1])
     return sj.logit_cross_entropy_cost(sj.weighted_input(network, example.inputs), target)
 
 
 @jax.jit
-def evaluate(network: sj.networks.Network, examples: data.Examples) -> tuple[jax.Array, jax.Array]:
+def evaluate(network: Network, examples: data.Examples) -> tuple[jax.Array, jax.Array]:
     outputs = jax.vmap(sj.feedforward, in_axes=(None, 0))(network, examples.inputs)
     num_right = jnp.sum(jnp.argmax(outputs, axis=1) == examples.labels)
     return sj.mean_cost(fun)(network, examples), num_right
