@@ -1,7 +1,7 @@
 """Type aliases shared by every floor."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 
@@ -19,6 +19,9 @@ Example: TypeAlias = Any
 
 Examples: TypeAlias = Any
 """A pytree holding n examples: every leaf has leading axis n."""
+
+Strategy: TypeAlias = Literal["auto", "factored", "materialized"]
+"""How per-example gradients are kept."""
 
 CostFn: TypeAlias = Callable[[Params, Example], Array]
 """The cost of ONE example: ``(params, example) -> scalar``."""

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from sgd_jax import _validate
-from sgd_jax._typing import Array, CostFn, Examples, Params
+from sgd_jax._typing import Array, CostFn, Examples, Params, Strategy
+from sgd_jax.per_example import per_example_value_and_grad
 
 
 class TrainState(NamedTuple):
@@ -48,35 +49,37 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 
 def mean_value_and_grad(
-    fun: CostFn,
+    fun: CostFn, *, strategy: Strategy = "auto"
 ) -> Callable[[Params, Examples, Array], tuple[Array, Params]]:
     """Returns the weighted mean of the costs of examples, and its gradient.
 
-    C = Σ_j c_j C_j and ∇C = Σ_j c_j ∇C_j. With c_j = 1/m these are the mean cost and the mini-batch
-    gradient. The per-example gradients are taken by ``vmap(grad)`` and summed explicitly.
+    C = Σ_j c_j C_j and ∇C = Σ_j c_j ∇C_j = Gᵀc. With c_j = 1/m these are the mean cost and the
+    mini-batch gradient: the mean of the per-example gradients, taken explicitly.
 
     Args:
       fun: the cost of ONE example.
+      strategy: how the per-example gradients are kept, see `per_example_value_and_grad`:
+        ``"materialized"`` is ``vmap(grad)``; all strategies agree to rounding.
 
     Returns:
       A function ``(params, examples, weights) -> (cost, gradient)``; weights are c, shape (m,), and
       an example of weight zero contributes exactly zero unless its own gradient is non-finite.
     """
-    per_example = jax.vmap(jax.value_and_grad(fun), in_axes=(None, 0))
+    value_and_grad = per_example_value_and_grad(fun, strategy=strategy)
 
     def weighted(params: Params, examples: Examples, weights: Array) -> tuple[Array, Params]:
-        costs, grads = per_example(params, examples)
-
-        def mean(g: Array) -> Array:
-            return jnp.tensordot(weights.astype(g.dtype), g, axes=1)
-
-        return mean(costs), jax.tree.map(mean, grads)
+        costs, grads = value_and_grad(params, examples)
+        return jnp.dot(weights.astype(costs.dtype), costs), grads.sum(weights)
 
     return weighted
 
 
 def make_step(
-    fun: CostFn, optimizer: optax.GradientTransformation, *, donate: bool = False
+    fun: CostFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    donate: bool = False,
+    strategy: Strategy = "auto",
 ) -> Callable[[TrainState, Examples], tuple[TrainState, StepInfo]]:
     """Returns one step of training on a mini-batch, compiled.
 
@@ -88,6 +91,7 @@ def make_step(
       optimizer: `sgd` or any optax optimizer.
       donate: give the buffers of the incoming state to the outgoing one. Saves one copy of params
         and optimizer state; the state handed in must then not be used again.
+      strategy: how per-example gradients are kept, see `per_example_value_and_grad`.
 
     Returns:
       A jitted function ``(state, examples) -> (state, info)``. It compiles once per shape and
@@ -101,7 +105,7 @@ def make_step(
     >>> float(state.params), float(info.cost)  # w = 0 + ½·2;  C = (½·1 + ½·9) / 2
     (1.0, 2.5)
     """
-    update = _make_update(fun, optimizer)
+    update = _make_update(fun, optimizer, strategy)
 
     def step(state: TrainState, examples: Examples) -> tuple[TrainState, StepInfo]:
         m = _validate.num_examples(examples)
@@ -111,7 +115,11 @@ def make_step(
 
 
 def make_epoch(
-    fun: CostFn, optimizer: optax.GradientTransformation, *, donate: bool = False
+    fun: CostFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    donate: bool = False,
+    strategy: Strategy = "auto",
 ) -> Callable[[TrainState, Examples, Array], tuple[TrainState, StepInfo]]:
     """Returns an epoch of training: one compiled program that walks explicit mini-batches.
 
@@ -126,6 +134,7 @@ def make_epoch(
       optimizer: `sgd` or any optax optimizer.
       donate: give the buffers of the incoming state to the outgoing one; the state handed in must
         then not be used again.
+      strategy: how per-example gradients are kept, see `per_example_value_and_grad`.
 
     Returns:
       A jitted function ``(state, examples, batches) -> (state, info)``: examples has leading axis n
@@ -143,7 +152,7 @@ def make_epoch(
     >>> float(state.params), int(state.step)  # 0 → ½·2 = 1 → 1 + ½·7 = 4.5
     (4.5, 2)
     """
-    update = _make_update(fun, optimizer)
+    update = _make_update(fun, optimizer, strategy)
 
     def epoch(state: TrainState, examples: Examples, batches: Array) -> tuple[TrainState, StepInfo]:
         _validate.num_examples(examples)
@@ -166,10 +175,10 @@ def make_epoch(
 
 
 def _make_update(
-    fun: CostFn, optimizer: optax.GradientTransformation
+    fun: CostFn, optimizer: optax.GradientTransformation, strategy: Strategy
 ) -> Callable[[TrainState, Examples, Array], tuple[TrainState, StepInfo]]:
     """Returns one step on weighted examples, not compiled: what a step and an epoch share."""
-    gradient = mean_value_and_grad(fun)
+    gradient = mean_value_and_grad(fun, strategy=strategy)
 
     def update(
         state: TrainState, examples: Examples, weights: Array

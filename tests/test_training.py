@@ -311,7 +311,7 @@ def weights_replaced(replace):
     """Returns a plant for `mean_value_and_grad` that sees other weights than it was given."""
     right = training.mean_value_and_grad
 
-    def faulty(fun):
+    def faulty(fun, **options):
         gradient = right(fun)
         return lambda params, examples, weights: gradient(params, examples, replace(weights))
 

@@ -1,16 +1,16 @@
-"""The kinds of factor: what is kept of the per-example gradients of one parameter.
+"""The kinds of factor: what is kept of the per-example gradients of a parameter.
 
-A factor stands for n arrays g_1 … g_n of the parameter's shape without writing them down. Every kind
-answers the same questions: weighted sum Σ_i c_i g_i, inner products ⟨g_i, v⟩, second moment
-Σ_i c_i g_i², and the g_i themselves. `inner` and `gram` relate two factors of one parameter, so that
-a parameter used in several places (tied weights, recurrent networks) keeps its cross terms.
+A factor stands for n arrays g_1 … g_n of the parameter's shape without writing them down. Every
+kind answers the same questions: weighted sum Σ_i c_i g_i, inner products ⟨g_i, v⟩, second moment
+Σ_i c_i g_i², and the g_i themselves. `inner` and `gram` relate two factors of one parameter, so
+that a parameter used in several places (tied weights, recurrent networks) keeps its cross terms.
 """
 
 import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,6 @@ from sgd_jax.per_example.views import Layout
 
 _CHUNK_ENTRIES = 1 << 22
 """How many entries of g_i are written down at a time, where they must be."""
-
-
-def _static() -> Any:
-    return dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -88,16 +84,16 @@ class Shared:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outer:
-    """Sums of outer products: g_i[h] = Σ_t left[i, h, t] ⊗ right[i, h, t], group by group.
+    """Sums of outer products: g_i[h] = Σ_t left[i, h, t] ⊗ right[i, h, t] in each group h.
 
-    ``right`` is (n, h, t, b). ``left`` is (n, h, t, a), or integer (n, h, t): then row t goes to row
-    ``left[i, h, t]`` of the matrix, as with an embedding; a row of −1 is no row at all. t runs over
-    whatever one example uses the parameter for many times: positions, time steps, uses.
+    ``right`` is (n, h, t, b). ``left`` is (n, h, t, a), or integer (n, h, t): then row t goes to
+    row ``left[i, h, t]`` of the matrix, as with an embedding; a row of −1 is no row at all. t runs
+    over whatever one example uses the parameter for many times: positions, time steps, uses.
     """
 
     left: Array
     right: Array
-    layout: Layout = _static()
+    layout: Layout = dataclasses.field(metadata={"static": True})
 
     @property
     def is_indexed(self) -> bool:
@@ -120,7 +116,9 @@ class Outer:
                 left = left * scale
         group, rows, _ = self.layout.sizes()
         if self.is_indexed:
-            return self.layout.to_leaf(_scatter(jnp.moveaxis(left, 1, 0), jnp.moveaxis(right, 1, 0), rows))
+            return self.layout.to_leaf(
+                _scatter(jnp.moveaxis(left, 1, 0), jnp.moveaxis(right, 1, 0), rows)
+            )
         if group == 1:
             left, right = (x.reshape(-1, x.shape[-1]) for x in (left, right))
             return self.layout.to_leaf((left.T @ right)[None])
@@ -183,7 +181,7 @@ class Outer:
         return jnp.sum(jnp.square(self.matrices()), axis=(1, 2, 3))
 
     def _apply_left(self, matrices: Array) -> Array:
-        """left · M for every example and term: (n, h, t, b)."""
+        """The products left · M for every example and term: (n, h, t, b)."""
         if self.is_indexed:
             return _gather_rows(matrices, self.left)
         if matrices.shape[0] == 1:

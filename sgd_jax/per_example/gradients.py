@@ -4,21 +4,19 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
 from sgd_jax import _validate
 from sgd_jax._tree import tree_dot
-from sgd_jax._typing import Array, Example, Examples, Params, PyTree
+from sgd_jax._typing import Array, Example, Examples, Params, PyTree, Strategy
 from sgd_jax.per_example import factors as F  # noqa: N812
 from sgd_jax.per_example.factors import Dense, Factor, Shared
 from sgd_jax.per_example.program import EXAMPLE, Program, Values, plan
 from sgd_jax.per_example.sites import Kind, Lift, Origin, Site
 from sgd_jax.per_example.views import View
-
-Strategy = Literal["auto", "factored", "materialized"]
 
 
 @jax.tree_util.register_dataclass
@@ -82,10 +80,10 @@ class Pulled:
 class PerExampleGrads:
     """The gradients g_1 … g_n of n examples: the rows of G, kept in factors.
 
-    Made by `per_example_grad`. A pytree, so it passes through `jax.jit`, `jax.vmap`, `jax.lax.scan`
-    and `jax.shard_map`. Products with G cost about one plain gradient; only `materialize`, and what
-    is said to form g_i below, writes gradients down. Every method equals what the same formula gives
-    on ``jax.vmap(jax.grad(fun))``, to rounding.
+    Made by `per_example_grad`. A pytree, so it passes through `jax.jit`, `jax.vmap`,
+    `jax.lax.scan` and `jax.shard_map`. Products with G cost about one plain gradient; only
+    `materialize`, and what is said to form g_i below, writes gradients down. Every method equals
+    what the same formula gives on ``jax.vmap(jax.grad(fun))``, to rounding.
     """
 
     factors: tuple[tuple[Factor, ...], ...]
@@ -143,10 +141,10 @@ class PerExampleGrads:
         return self._like_params(leaves) if per_leaf else functools.reduce(operator.add, leaves)
 
     def second_moment(self, weights: Array | None = None) -> Params:
-        """Returns 1/n Σ_i g_i², entry by entry, or Σ_i c_i g_i² with weights c; like params.
+        """Returns 1/n Σ_i g_i², entry by entry, or Σ_i c_i g_i² with weights; like params.
 
-        One product where an example uses a parameter once; otherwise g_i is formed, some examples at
-        a time. The variance of each coordinate is this less the square of `mean`.
+        One product where an example uses a parameter once; otherwise g_i is formed, some examples
+        at a time. The variance of each coordinate is this less the square of `mean`.
         """
         self._check_weights(weights)
         if weights is None:
@@ -213,7 +211,7 @@ class PerExampleGrads:
         return functools.reduce(operator.add, products, zeros)
 
     def materialize(self) -> Params:
-        """Returns the g_i themselves, leaves (n, *shape): n·p numbers, what ``vmap(grad)`` gives."""
+        """Returns the g_i themselves, leaves (n, *shape): n·p numbers, as ``vmap(grad)`` does."""
         leaves = [
             functools.reduce(
                 operator.add,
@@ -516,9 +514,7 @@ def _size(site: Site) -> int:
     return functools.reduce(operator.mul, site.stacked_lengths(), site.value.size)
 
 
-def _pulled(
-    trace: _Trace, leaves: Sequence[Array], made: Sequence[tuple[int, Factor]]
-) -> Pulled:
+def _pulled(trace: _Trace, leaves: Sequence[Array], made: Sequence[tuple[int, Factor]]) -> Pulled:
     """Factors of computed values, with the pullback of the computation."""
     numbers = [k for k, _ in made]
     touched = sorted(frozenset().union(*(trace.sites[k].origin.leaves for k in numbers)))

@@ -1,8 +1,9 @@
 """A cost function, traced for one example, as a program that can be run in two ways.
 
 `Program.run` evaluates it for one example, with a probe, a zero, added at every site: the gradient
-in the probes gives every δ. `Program.values` evaluates its parameter-only part alone and returns the
-value v at every site. Calls are walked into, so that a site may lie in jit, remat, scan or cond.
+in the probes gives every δ. `Program.values` evaluates its parameter-only part alone and returns
+the value v at every site. Calls are walked into, so that a site may lie in jit, remat, scan or
+cond.
 """
 
 import dataclasses
@@ -80,12 +81,10 @@ class Program:
             acts[site] = None
         return outputs, acts
 
-    def values(
-        self, consts: Sequence[Any], args: Sequence[Any], found: Values
-    ) -> list[Any]:
+    def values(self, consts: Sequence[Any], args: Sequence[Any], found: Values) -> list[Any]:
         """Returns the outputs that do not depend on the example, None for those that do.
 
-        ``args`` are None where they depend on the example; ``found`` is filled with v for each site.
+        ``args`` are None where they depend on the example; v of each site goes into ``found``.
         """
         env = Env(self.jaxpr.constvars, consts)
         env.write(self.jaxpr.invars, args)
@@ -279,9 +278,7 @@ class Cond(Step):
 
             return run
 
-        shapes = [
-            jax.eval_shape(branch(k), operands, probes)[1] for k in range(len(self.programs))
-        ]
+        shapes = [jax.eval_shape(branch(k), operands, probes)[1] for k in range(len(self.programs))]
 
         def complete(k: int) -> Callable[..., Any]:
             def run(operands: Any, probes: Values) -> tuple[list[Any], Values]:
@@ -357,9 +354,7 @@ class _Planner:
     def __init__(self) -> None:
         self.sites: list[Site] = []
 
-    def plan(
-        self, jaxpr: Jaxpr, origins: Sequence[Origin], levels: tuple[Level, ...]
-    ) -> Program:
+    def plan(self, jaxpr: Jaxpr, origins: Sequence[Origin], levels: tuple[Level, ...]) -> Program:
         known = dict(zip(jaxpr.invars, origins, strict=True))
         unstacked = (False,) * len(levels)
         constant = dataclasses.replace(CONSTANT, stacked=unstacked)
@@ -436,15 +431,17 @@ class _Planner:
         levels: tuple[Level, ...],
     ) -> tuple[Step, list[Origin]]:
         origin, variable = operands[operand], eqn.invars[operand]
-        if isinstance(rule, Convolution) and origin.view is not None:
-            if rule.split_features(origin.view, variable.aval.shape) is None:
-                origin = dataclasses.replace(origin, view=None)
+        if (
+            isinstance(rule, Convolution)
+            and origin.view is not None
+            and rule.split_features(origin.view, variable.aval.shape) is None
+        ):
+            origin = dataclasses.replace(origin, view=None)
         call, inputs, outputs = _as_function(jaxpr, eqn)
+        others = [a for k, a in enumerate(eqn.invars) if k != operand]
         is_slice = isinstance(rule, Rows) and eqn.primitive.name == "dynamic_slice"
-        if is_slice:
-            others = [eqn.invars[1 + d] for d in rule.row_dims]
-        else:
-            others = [a for k, a in enumerate(eqn.invars) if k != operand]
+        if isinstance(rule, Rows) and is_slice:
+            others = [others[d] for d in rule.row_dims]
         number = self._add(
             Site(
                 rule=rule,
@@ -639,7 +636,7 @@ def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """The numbers of constants and of carried values of a scan, in any supported JAX."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"]
+    consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
 
 
@@ -659,8 +656,7 @@ def _view(eqn: Any, output: int, views: Sequence[View | None]) -> View | None:
 
 def _levels(levels: tuple[Level, ...], origin: Origin) -> tuple[Level, ...]:
     return tuple(
-        Level(level.length, stacked)
-        for level, stacked in zip(levels, origin.stacked, strict=True)
+        Level(level.length, stacked) for level, stacked in zip(levels, origin.stacked, strict=True)
     )
 
 

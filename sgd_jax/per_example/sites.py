@@ -11,7 +11,7 @@ import enum
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -54,21 +54,11 @@ class Level(NamedTuple):
     """Whether each iteration has its own slice of the parameter, or all share one."""
 
 
-class Rule(Protocol):
-    """What one kind of meeting leaves of the per-example gradients."""
-
-    name: str
-
-    def factor(self, site: "Site", view: View, leaf_shape: Sequence[int], delta: Array, act: Any) -> Factor:
-        """The factor, in the layout of the leaf, from δ and the other operand of all examples."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Site:
     """A parameter-only value v meets an example here."""
 
-    rule: Rule
+    rule: "Rule"
     origin: Origin
     value: jax.ShapeDtypeStruct
     """v."""
@@ -118,7 +108,9 @@ class Lift:
 
     name: str = "direct"
 
-    def factor(self, site: Site, view: View, leaf_shape: Sequence[int], delta: Array, act: Any) -> Factor:
+    def factor(
+        self, site: Site, view: View, leaf_shape: Sequence[int], delta: Array, act: Any
+    ) -> Factor:
         """Σ δ over the scans that share v, put into the leaf."""
         del act
         layout = Layout.of(view, leaf_shape, left=range(site.value.ndim))
@@ -140,7 +132,9 @@ class Dot:
     """Whether v is the left operand of dot_general."""
     name: str = "outer product"
 
-    def factor(self, site: Site, view: View, leaf_shape: Sequence[int], delta: Array, act: Any) -> Factor:
+    def factor(
+        self, site: Site, view: View, leaf_shape: Sequence[int], delta: Array, act: Any
+    ) -> Factor:
         """Outer products of δ (rows: the free dimensions of v) and a (columns: contracted)."""
         free = _complement(site.value.ndim, self.contract + self.batch)
         other_free = _complement(self.other_ndim, self.other_contract + self.other_batch)
@@ -168,7 +162,9 @@ class Convolution:
     out_spec: tuple[int, ...]
     name: str = "outer product of patches"
 
-    def factor(self, site: Site, view: View, leaf_shape: Sequence[int], delta: Array, act: Any) -> Factor:
+    def factor(
+        self, site: Site, view: View, leaf_shape: Sequence[int], delta: Array, act: Any
+    ) -> Factor:
         """Groups of outer products of δ (rows: output features) and patches (columns)."""
         out_feature, in_feature, *kernel_dims = self.rhs_spec
         columns = [d + (d > out_feature) for d in (in_feature, *kernel_dims)]
@@ -184,7 +180,9 @@ class Convolution:
         # patches: (n, scans..., batch, group, feature, offset, positions...)
         lead = math.prod(act.shape[: 1 + len(site.levels)])
         act = _move(act, len(site.levels), self.lhs_spec)
-        flat = act.reshape(lead * act.shape[1 + len(site.levels)], *act.shape[2 + len(site.levels) :])
+        flat = act.reshape(
+            lead * act.shape[1 + len(site.levels)], *act.shape[2 + len(site.levels) :]
+        )
         patches = self._patches(flat, [site.value.shape[d] for d in kernel_dims])
         patches = patches.reshape(act.shape[: 2 + len(site.levels)] + patches.shape[1:])
         patches = _split(patches, len(site.levels) + 2, self.groups)
@@ -217,7 +215,9 @@ class Convolution:
                 for start, count, stride in zip(starts, counts, self.window_strides, strict=True)
             ]
             lead = images.shape[:2]
-            return jax.lax.slice(images, (0, 0, *starts), (*lead, *ends), (1, 1, *self.window_strides))
+            return jax.lax.slice(
+                images, (0, 0, *starts), (*lead, *ends), (1, 1, *self.window_strides)
+            )
 
         offsets = itertools.product(*(range(k) for k in kernel))
         return jnp.stack([shifted(offset) for offset in offsets], axis=2)
@@ -236,7 +236,9 @@ class Rows:
     """Whether an index out of bounds picks nothing; otherwise it is moved to the nearest row."""
     name: str = "rows by index"
 
-    def factor(self, site: Site, view: View, leaf_shape: Sequence[int], delta: Array, act: Any) -> Factor:
+    def factor(
+        self, site: Site, view: View, leaf_shape: Sequence[int], delta: Array, act: Any
+    ) -> Factor:
         """δ for every row picked; ``act`` holds index vectors, (n, scans..., picks..., k)."""
         sizes = [site.value.shape[d] for d in self.row_dims]
         rest = _complement(site.value.ndim, self.row_dims)
@@ -254,6 +256,14 @@ class Rows:
         return Outer(jnp.broadcast_to(left, right.shape[:-1]), right, layout)
 
 
+Rule: TypeAlias = Lift | Dot | Convolution | Rows
+"""What one kind of meeting leaves of the per-example gradients.
+
+Its ``factor`` makes the factor, in the layout of the leaf, from δ and the other operand of all
+examples.
+"""
+
+
 def dot_rule(eqn: Any, operand: int) -> Rule:
     """The rule for operand 0 or 1 of a dot_general equation."""
     contract, batch = eqn.params["dimension_numbers"]
@@ -269,7 +279,7 @@ def dot_rule(eqn: Any, operand: int) -> Rule:
 
 
 def convolution_rule(eqn: Any, operand: int) -> Rule | None:
-    """The rule for the kernel of a convolution; None for its input, or where batches are grouped."""
+    """The rule for the kernel of a convolution; None for its input, or grouped batches."""
     p = eqn.params
     if operand != 1 or p["batch_group_count"] != 1:
         return None
@@ -321,8 +331,8 @@ RULES = {
 """The primitives that leave a factor smaller than the parameter; each rule may decline."""
 
 ELEMENTWISE = frozenset(
-    "add sub mul div max min pow atan2 rem nextafter select_n clamp add_any concatenate pad "
-    "complex igamma igammac dynamic_update_slice scatter scatter-add scatter_add".split()
+    {"add", "add_any", "sub", "mul", "div", "max", "min", "pow", "atan2", "rem", "clamp"}
+    | {"select_n", "concatenate", "pad", "dynamic_update_slice", "scatter", "scatter-add"}
 )
 """The primitives where writing v's gradient down is the rule, not a fallback."""
 

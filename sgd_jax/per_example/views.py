@@ -2,8 +2,8 @@
 
 Between a parameter and the place where it meets an example stand operations that only move, cast or
 scale entries: transpose, reshape, squeeze, slice, convert, a constant factor, the slice that a scan
-takes of a stack. A `View` is their composition, known while tracing. Nothing needs to be pulled back
-through a view, and norms and products of gradients may be taken on its near side.
+takes of a stack. A `View` is their composition, known while tracing. Nothing needs to be pulled
+back through a view, and norms and products of gradients may be taken on its near side.
 """
 
 import dataclasses
@@ -220,8 +220,7 @@ def view_through(eqn: Any, views: Sequence[View | None]) -> View | None:
     if name == "dynamic_slice" and all(isinstance(v, Literal) for v in eqn.invars[1:]):
         limits = [full - size for full, size in zip(eqn.invars[0].aval.shape, shape, strict=True)]
         starts = [
-            min(max(int(v.val), 0), limit)
-            for v, limit in zip(eqn.invars[1:], limits, strict=True)
+            min(max(int(v.val), 0), limit) for v, limit in zip(eqn.invars[1:], limits, strict=True)
         ]
         return view.slice(starts, shape)
     return None
