@@ -226,17 +226,18 @@ def _conclude(
         figure=folder.figure_path,
     )
     folder.write_summary(summary)
-    print(
-        f"test accuracy: {summary['final_test_accuracy']:.2%} at the end, "
-        f"{summary['best_test_accuracy']:.2%} at best (epoch {summary['best_epoch']}), "
-        f"{summary['test_accuracy_at_best_validation']:.2%} where validation was best "
-        f"(epoch {summary['best_validation_epoch']})"
-    )
-    if summary["num_seeds"] > 1:
+    if summary["num_seeds"] == 1:
+        print(
+            f"test accuracy: {summary['final_test_accuracy']:.2%} at the end, "
+            f"{summary['best_test_accuracy']:.2%} at best (epoch {summary['best_epoch']}), "
+            f"{summary['test_accuracy_at_best_validation']:.2%} where validation was best "
+            f"(epoch {summary['best_validation_epoch']})"
+        )
+    else:
         for name, spread in summary["spread"].items():
             low, middle, high = (spread[key] for key in ("min", "median", "max"))
             print(
-                f"{summary['num_seeds']} seeds, {name.replace('_', ' ')}: median {middle:.2%}, "
+                f"{name.replace('_', ' ')} of {summary['num_seeds']} seeds: median {middle:.2%}, "
                 f"least {low:.2%}, largest {high:.2%}"
             )
     if summary["num_stuck"]:

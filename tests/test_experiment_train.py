@@ -88,6 +88,14 @@ def last_arrays(path):
     return epoch, {name: (a.dtype, np.asarray(a).tobytes()) for name, a in arrays.items()}
 
 
+def line(epoch, *, with_times=True):
+    """Returns a line of metrics made up."""
+    names = [f"{n}_{s}" for n in ("cost", "accuracy") for s in ("train", "validation", "test")]
+    values = dict.fromkeys(names, 0.5) | {"epoch": epoch, "gradient_norm": 0.25}
+    times = {"seconds": 0.125, "examples_per_second": 8.0} if with_times else {}
+    return values | {"dead_classes_test": 0} | times
+
+
 def assert_same_run(a, b):
     assert metrics(a) == metrics(b)
     assert last_arrays(a) == last_arrays(b)
@@ -261,7 +269,7 @@ def test_smoke_takes_few_examples_and_epochs(tmp_path, capsys):
     assert len(metrics(path)[0]["accuracy_test"]) == 2
     printed = capsys.readouterr().out
     assert "200 examples to train on" in printed
-    assert "2 seeds, best test accuracy: median" in printed
+    assert "best test accuracy of 2 seeds: median" in printed
 
 
 def test_two_epochs_and_two_more_equal_four(tiny, tmp_path, capsys):
@@ -319,6 +327,43 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(tiny, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     names = [path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()]
     assert sorted(names) == sorted(path.name for path in checkpoints.iterdir())
+
+
+def record_with(run, tmp_path):
+    """Records what ``run`` does, as `main` does, without training."""
+    folder = runs.RunFolder.create(tmp_path, "mine", "train")
+    folder.write_config({"device": "a device"})
+    output = _recorded.Output(out_dir=str(tmp_path), run_name="mine")
+    return folder, _recorded.record(folder, output, 2, 0, ["a note"], run)
+
+
+def test_what_metrics_say_is_saved_before(tmp_path, monkeypatch):
+    def killed(folder, record):
+        raise RuntimeError("killed")
+
+    def run(restore, on_epoch):
+        assert restore({"w": jnp.zeros(2)}) is None
+        on_epoch({"w": jnp.ones(2)}, line(0))
+        monkeypatch.setattr(runs.RunFolder, "append_metrics", killed)
+        on_epoch({"w": jnp.full(2, 2.0)}, line(1))
+
+    with pytest.raises(RuntimeError, match="killed"):
+        record_with(run, tmp_path)
+    assert metrics(tmp_path / "mine") == [line(0, with_times=False)]
+    assert last_arrays(tmp_path / "mine")[0] == 1
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
+    def run(restore, on_epoch):
+        restore({"w": jnp.zeros(2)})
+        on_epoch({"w": jnp.ones(2)}, line(0))
+        raise KeyboardInterrupt
+
+    folder, exit_code = record_with(run, tmp_path)
+    assert exit_code == 130
+    assert "--resume --run_name=mine" in capsys.readouterr().err
+    assert folder.read_summary()["status"] == "interrupted"
+    assert folder.report_path.is_file()
 
 
 # Divergence
@@ -457,12 +502,6 @@ def test_every_setting_is_a_flag_and_help_shows_it_once_with_its_default():
         assert text.count(f"\n  --{name}") == 1
     assert "--learning_rate=3.0" in text
     assert max(map(len, text.splitlines())) <= 100
-
-
-def line(epoch):
-    names = ["cost", "accuracy"]
-    values = {f"{n}_{s}": 0.5 for n in names for s in ("train", "validation", "test")}
-    return values | {"epoch": epoch, "gradient_norm": 0.25, "seconds": 0.125}
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

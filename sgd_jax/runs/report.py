@@ -29,7 +29,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: auto;
   padding: 1rem; }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-img { width: 100%; height: auto; } .wide { overflow-x: auto; }
+.wide { overflow-x: auto; } img { width: 100%; min-width: 48rem; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .8rem .15rem 0; text-align: right; border-bottom: 1px solid #ddd; }
 .pairs th, .pairs td { text-align: left; vertical-align: top; font-weight: normal;
@@ -67,6 +67,7 @@ def draw_learning_curve(path: Path, records: Sequence[Record], title: str) -> No
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in (axes[0], axes[2]):
         axis.set_yscale("log")
+    _leave_out_the_start(axes[1], records)
     axes[1].legend(loc="lower right")
     figure.suptitle(title + spread, fontsize=12, parse_math=False)
 
@@ -77,6 +78,17 @@ def draw_learning_curve(path: Path, records: Sequence[Record], title: str) -> No
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _leave_out_the_start(axis: Any, records: Sequence[Record]) -> None:
+    """Lets the axis begin at the least accuracy of the last two thirds of the epochs."""
+    late = records[len(records) // 3 :]
+    accuracies = [
+        value for r in late for split in _COLORS for value in per_seed(r[f"accuracy_{split}"])
+    ]
+    low, high = 100 * min(accuracies), 100 * max(accuracies)
+    margin = max(1.0, 0.1 * (high - low))
+    axis.set_ylim(max(low - margin, 0), min(high + margin, 100))
 
 
 def write_report(
@@ -97,7 +109,8 @@ def write_report(
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
         _pairs(summary),
-        f'<h2>Learning curve</h2><img alt="learning curve" src="data:image/png;base64,{picture}">',
+        '<h2>Learning curve</h2><div class="wide">',
+        f'<img alt="learning curve" src="data:image/png;base64,{picture}"></div>',
         f"<h2>Epochs</h2>{_epochs(records)}",
         f"<h2>Settings</h2>{_pairs(config)}",
         "</body></html>\n",
