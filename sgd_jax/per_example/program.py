@@ -308,7 +308,8 @@ class Linearized(Step):
     """A function with a derivative rule of its own, in whose tangent the sites are found.
 
     With y = f(w, x) and its rule ẏ = J(w, x) ẇ, linear in ẇ, the program is J: y is evaluated as
-    it stands, and J at ẇ = 0, which is zero, carries the probes.
+    it stands, and J at ẇ = 0, which is zero, carries the probes. A custom_jvp states J; for a
+    custom_vjp, J is the transpose of its backward rule.
     """
 
     program: Program
@@ -564,7 +565,7 @@ class _Planner:
         step = Cond(programs, consts, list(eqn.invars), list(eqn.outvars))
         return step, [EXAMPLE] * len(eqn.outvars)
 
-    def _custom_jvp(
+    def _custom_rule(
         self, jaxpr: Jaxpr, eqn: Any, operands: list[Origin], levels: tuple[Level, ...]
     ) -> tuple[Step, list[Origin]]:
         call, inputs, outputs = _as_function(jaxpr, eqn)
@@ -583,10 +584,19 @@ class _Planner:
                 return [results[k] for k in differentiable]
 
             at = tuple(values[v] for v in tangents)
-            return jax.jvp(function, at, tuple(args[len(inputs) :]))[1]
+            directions = tuple(args[len(inputs) :])
+            if eqn.primitive.name == "custom_jvp_call":
+                return jax.jvp(function, at, directions)[1]
+            results, pullback = jax.vjp(function, *at)
+            (moved,) = jax.linear_transpose(pullback, results)(directions)
+            return moved
 
         shapes = [_shape(v.aval) for v in inputs]
-        closed = jax.make_jaxpr(tangent)(*shapes, *(_shape(v.aval) for v in tangents))
+        try:
+            closed = jax.make_jaxpr(tangent)(*shapes, *(_shape(v.aval) for v in tangents))
+        except (NotImplementedError, AssertionError, TypeError, ValueError):
+            # A backward rule that is not linear in the cotangent (it clips it, say) has no J.
+            return self._lift_operands(jaxpr, eqn, operands, levels)
         fixed = [
             dataclasses.replace(CONSTANT, stacked=by_variable[v].stacked)
             if by_variable[v].kind is Kind.PARAMETER
@@ -608,7 +618,8 @@ _WALKS: Mapping[str, Any] = {
     ),
     "scan": _Planner._scan,
     "cond": _Planner._cond,
-    "custom_jvp_call": _Planner._custom_jvp,
+    "custom_jvp_call": _Planner._custom_rule,
+    "custom_vjp_call": _Planner._custom_rule,
 }
 """The calls that are walked into, where parameters and examples enter both."""
 

@@ -1,0 +1,497 @@
+"""Moments of the per-example gradients of a data set: exact, streamed in chunks, mergeable."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from sgd_jax import _validate
+from sgd_jax._typing import Array, CostFn, Examples, Params, PyTree
+from sgd_jax.per_example import PerExampleGrads, per_example_value_and_grad
+from sgd_jax.per_example.gradients import _vary_like
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GradientMoments:
+    """Sufficient statistics of the gradients g_1 … g_n of n examples, or of each of H strata.
+
+    Population moments, with 1/n: Σ = 1/n Σ_i (g_i − G)(g_i − G)ᵀ, G the mean. Made by
+    `gradient_moments`; a pytree, so it is saved, vmapped and scanned like any other. Of H strata,
+    every array has a leading axis H.
+    """
+
+    count: Array
+    """n, int32 scalar."""
+    cost: Array
+    """C, the mean cost; scalar."""
+    mean: Params
+    """G, the mean gradient; like params."""
+    trace_per_leaf: PyTree
+    """tr Σ of the coordinates of each leaf: a scalar for each leaf of params."""
+    mean_norm: Array
+    """1/n Σ_i ‖g_i‖, over all parameters; scalar."""
+    variance: Params | None = None
+    """The diagonal of Σ, like params; None unless asked for."""
+    squared_norms: Array | None = None
+    """‖g_i‖² of each example in order, (n,); None unless asked for."""
+    alignments: Array | None = None
+    """⟨g_i, G⟩ of each example in order, (n,); None unless asked for. A merge moves G: drops it."""
+
+    @property
+    def trace(self) -> Array:
+        """tr Σ = 1/n Σ_i ‖g_i − G‖²: how far examples are from their mean, squared."""
+        return functools.reduce(jnp.add, jax.tree.leaves(self.trace_per_leaf))
+
+    @property
+    def squared_norm(self) -> Array:
+        """‖G‖², of the mean gradient."""
+        leaves = jax.tree.leaves(self.squared_norm_per_leaf)
+        return functools.reduce(jnp.add, leaves)
+
+    @property
+    def squared_norm_per_leaf(self) -> PyTree:
+        """‖G‖² of the coordinates of each leaf."""
+        axes = self.count.ndim
+        return jax.tree.map(
+            lambda g: jnp.sum(jnp.square(g), axis=tuple(range(axes, g.ndim))), self.mean
+        )
+
+    @property
+    def mean_squared_norm(self) -> Array:
+        """1/n Σ_i ‖g_i‖² = tr Σ + ‖G‖²."""
+        return self.trace + self.squared_norm
+
+    def merge(self, other: "GradientMoments") -> "GradientMoments":
+        """Returns the moments of both sets of examples together, as if counted at once.
+
+        With n = n_a + n_b and D = G_b − G_a: G = G_a + (n_b/n) D and
+        tr Σ = (n_a tr Σ_a + n_b tr Σ_b)/n + n_a n_b/n² ‖D‖². Every term is ≥ 0: nothing cancels.
+        Associative and commutative to rounding. ``squared_norms`` are joined, self first, and
+        ``variance`` merged, where both have them; ``alignments`` are dropped.
+
+        Args:
+          other: moments in the same parameters; both of a whole set, not of strata.
+
+        Raises:
+          ValueError: moments of strata, or of other parameters.
+
+        Source: Chan, Golub and LeVeque 1979.
+        """
+        if self.count.ndim or other.count.ndim:
+            raise ValueError("merge takes moments of whole sets; of strata use jax.vmap, or pooled")
+        if jax.tree.structure(self.mean) != jax.tree.structure(other.mean):
+            raise ValueError("merge takes moments in the same parameters; their structures differ")
+        merged = _merge(self, other)
+        if self.squared_norms is None or other.squared_norms is None:
+            return merged
+        norms = jnp.concatenate([self.squared_norms, other.squared_norms])
+        return dataclasses.replace(merged, squared_norms=norms)
+
+    def pooled(self) -> "GradientMoments":
+        """Returns the moments of all strata together; ``squared_norms`` stay as they are.
+
+        Raises:
+          ValueError: these are not moments of strata.
+        """
+        if self.count.ndim != 1:
+            raise ValueError("pooled takes moments of strata; these are of one set")
+        strata = dataclasses.replace(self, squared_norms=None)
+        first, rest = (jax.tree.map(lambda leaf: leaf[s], strata) for s in (0, slice(1, None)))
+        total = jax.lax.scan(lambda a, b: (_merge(a, b), None), first, rest)[0]
+        return dataclasses.replace(total, squared_norms=self.squared_norms)
+
+
+def merge_across(moments: GradientMoments, axis_name: str | tuple[str, ...]) -> GradientMoments:
+    """Returns the moments of the examples of all devices along a mesh axis, the same on each.
+
+    The same centred merge as `GradientMoments.merge`, by sums over the axis (psum) instead of two
+    at a time: G = Σ_k n_k G_k/n and tr Σ = Σ_k n_k (tr Σ_k + ‖G_k − G‖²)/n. For use inside
+    `jax.shard_map` or `jax.vmap(..., axis_name=...)`. ``squared_norms`` are not moved: they stay
+    those of the device's own examples. ``alignments`` are dropped.
+
+    Args:
+      moments: of this device's examples; of strata too.
+      axis_name: one or more mesh axes.
+    """
+    count = jax.lax.psum(moments.count, axis_name)
+    share = moments.count.astype(moments.cost.dtype) / jnp.maximum(count, 1)
+
+    def average(value: Array) -> Array:
+        return jax.lax.psum(_scaled(share, value), axis_name)
+
+    mean = jax.tree.map(average, moments.mean)
+    shift = jax.tree.map(jnp.subtract, moments.mean, mean)
+    offset = dataclasses.replace(moments, mean=shift).squared_norm_per_leaf
+    variance = moments.variance
+    if variance is not None:
+        spread = jax.tree.map(lambda v, d: v + jnp.square(d), variance, shift)
+        variance = jax.tree.map(average, spread)
+    return GradientMoments(
+        count=count,
+        cost=average(moments.cost),
+        mean=mean,
+        trace_per_leaf=jax.tree.map(lambda t, d: average(t + d), moments.trace_per_leaf, offset),
+        mean_norm=average(moments.mean_norm),
+        variance=variance,
+        squared_norms=moments.squared_norms,
+    )
+
+
+def gradient_moments(
+    fun: CostFn,
+    params: Params,
+    examples_or_batches: Examples | Iterable[Examples],
+    *,
+    chunk_size: int = 1000,
+    per_coordinate: bool = False,
+    keep_norms: bool = False,
+    keep_alignments: bool = False,
+    strata: Array | None = None,
+    num_strata: int | None = None,
+) -> GradientMoments:
+    """Returns the moments of the gradients of all examples, streamed through the factored G.
+
+    One compiled program walks the examples chunk by chunk and merges centred moments, at about the
+    cost of the full gradient (``keep_alignments``: one forward-mode pass more). Memory is that of
+    the factors of one chunk; a parameter whose gradient has no factors (`explain` tells) takes
+    chunk_size times its own size.
+
+    Accuracy: each chunk gives Σ‖g_i − c‖² = Σ‖g_i‖² − k‖c‖², c its mean over k examples, which
+    loses digits where noise is small beside the mean: the relative error of tr Σ is about
+    ε (1 + ‖G‖²/tr Σ), ε the rounding of a long sum (10⁻⁶ in float32). Gradients of real data have
+    tr Σ ≥ ‖G‖². The variance loses likewise, coordinate by coordinate. Between chunks nothing
+    cancels. A negative tr Σ of a chunk is rounding, and is kept: nothing is clamped. On
+    NVIDIA GPUs ask for ``jax.default_matmul_precision("highest")``.
+
+    Args:
+      fun: the cost of ONE example, ``(params, example) -> scalar``.
+      params: a pytree of floating-point arrays.
+      examples_or_batches: a pytree whose leaves have leading axis n ≥ 1; or an iterator of such,
+        or any other iterable that is no pytree (a data loader; wrap a list in ``iter``), whose
+        batches may differ in length: each new length compiles anew.
+      chunk_size: examples at a time, at least 1; the last chunk need not be full.
+      per_coordinate: also the diagonal of Σ, ``variance``.
+      keep_norms: also ‖g_i‖² of every example, ``squared_norms``.
+      keep_alignments: also ⟨g_i, G⟩ of every example, ``alignments``: a second pass.
+      strata: the stratum of each example, integers 0 … H − 1, (n,): moments of each stratum.
+      num_strata: H; needed where strata is traced, otherwise max + 1.
+
+    Returns:
+      `GradientMoments` of the n examples, population convention (1/n); with strata, stacked with
+      leading axis H, ``squared_norms`` excepted, which stay (n,) in order.
+
+    Raises:
+      ValueError: no examples; leading axes that differ; a bad chunk_size; strata of a wrong shape,
+        an empty stratum; batches together with strata or, if they can be walked only once, with
+        keep_alignments; strata with keep_alignments.
+      TypeError: params or cost not floating point.
+      FloatingPointError: gradients are not finite; the message names the examples. Checked on the
+        host, and not where the function itself is being traced.
+
+    >>> import jax.numpy as jnp
+    >>> m = gradient_moments(lambda w, x: w * x, jnp.array(0.0), jnp.array([1.0, 3.0]))  # g_i = x_i
+    >>> int(m.count), float(m.mean), float(m.trace), float(m.mean_norm)
+    (2, 2.0, 1.0, 2.0)
+
+    Source: Chan, Golub and LeVeque 1979, for the merge.
+    """
+    _validate.positive_int("chunk_size", chunk_size)
+    measure = functools.partial(
+        _stream, fun, params, chunk_size=chunk_size, per_coordinate=per_coordinate
+    )
+    batches = _batches(examples_or_batches)
+    if batches is None:
+        labels, num_strata = _checked_strata(strata, num_strata, examples_or_batches)
+        moments = measure(examples_or_batches, labels, keep_norms=keep_norms, num_strata=num_strata)
+        if keep_alignments and strata is not None:
+            raise ValueError("keep_alignments is of one mean gradient; it cannot go with strata")
+        _refuse_non_finite(moments, fun, params, examples_or_batches, chunk_size)
+        if not keep_alignments:
+            return moments
+        values = alignments(fun, params, examples_or_batches, moments.mean, chunk_size=chunk_size)
+        return dataclasses.replace(moments, alignments=values)
+    if strata is not None:
+        raise ValueError("strata goes with examples in arrays; with batches, merge batch by batch")
+    if keep_alignments and iter(batches) is batches:
+        raise ValueError(
+            "keep_alignments walks the batches twice, and this iterator can be walked once; "
+            "give examples in arrays, or an iterable that starts anew"
+        )
+    moments, norms, first = None, [], 0
+    for batch in batches:
+        part = measure(batch, None, keep_norms=keep_norms, num_strata=None)
+        _refuse_non_finite(part, fun, params, batch, chunk_size, first)
+        first += _validate.num_examples(batch)
+        norms.append(part.squared_norms)
+        part = dataclasses.replace(part, squared_norms=None)
+        moments = part if moments is None else _merge_jitted(moments, part)
+    if moments is None:
+        raise ValueError("there are no batches; the moments of no examples are undefined")
+    if keep_norms:
+        moments = dataclasses.replace(moments, squared_norms=jnp.concatenate(norms))
+    if not keep_alignments:
+        return moments
+    values = [alignments(fun, params, b, moments.mean, chunk_size=chunk_size) for b in batches]
+    return dataclasses.replace(moments, alignments=jnp.concatenate(values))
+
+
+def alignments(
+    fun: CostFn, params: Params, examples: Examples, direction: Params, *, chunk_size: int = 1000
+) -> Array:
+    """Returns ⟨g_i, v⟩ for every example, shape (n,), streamed in chunks as `gradient_moments` is.
+
+    Args:
+      fun: the cost of ONE example.
+      params: a pytree of floating-point arrays.
+      examples: a pytree whose leaves have leading axis n ≥ 1.
+      direction: v, like params; the mean gradient, for what `noise_scale` needs.
+      chunk_size: examples at a time, at least 1.
+
+    Raises:
+      ValueError: no examples, leading axes that differ, a bad chunk_size or direction.
+      TypeError: params or cost not floating point.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.array([1.0, 3.0])
+    >>> alignments(lambda w, x: w * x, jnp.array(0.0), x, jnp.array(2.0)).tolist()
+    [2.0, 6.0]
+    """
+    _validate.positive_int("chunk_size", chunk_size)
+    return _align(fun, params, examples, direction, chunk_size=chunk_size)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnums=0,
+    static_argnames=("chunk_size", "per_coordinate", "keep_norms", "num_strata"),
+)
+def _stream(
+    fun: CostFn,
+    params: Params,
+    examples: Examples,
+    strata: Array | None,
+    *,
+    chunk_size: int,
+    per_coordinate: bool,
+    keep_norms: bool,
+    num_strata: int | None,
+) -> GradientMoments:
+    """The moments of examples in arrays: one scan over chunks."""
+    value_and_grad = per_example_value_and_grad(fun)
+    steps, size, chunk_of = _chunks(examples, chunk_size)
+    padded = steps * size > _validate.num_examples(examples)
+
+    def measure(step: Array) -> tuple[GradientMoments, Array | None]:
+        (chunk, labels), fresh = chunk_of((examples, strata), step)
+        costs, grads = value_and_grad(params, chunk)
+        squared_norms = grads.squared_norms(per_leaf=True)
+        norms = functools.reduce(jnp.add, jax.tree.leaves(squared_norms))
+        of_weights = functools.partial(
+            _of_chunk, costs, grads, squared_norms, norms, per_coordinate=per_coordinate
+        )
+        if num_strata is not None:
+            weights = jax.nn.one_hot(labels, num_strata, axis=0) * fresh[None, :]
+            part = jax.vmap(of_weights)(weights)
+        else:
+            part = of_weights(fresh.astype(norms.dtype) if padded else None)
+        return part, norms if keep_norms else None
+
+    merge = _merge if num_strata is None else jax.vmap(_merge)
+
+    def add(total: GradientMoments, step: Array) -> tuple[GradientMoments, Array | None]:
+        part, norms = measure(step)
+        return merge(total, part), norms
+
+    like, _ = jax.eval_shape(measure, jnp.array(0))
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    nothing = _vary_like((params, examples), nothing)
+    moments, norms = jax.lax.scan(add, nothing, jnp.arange(steps))
+    if norms is None:
+        return moments
+    return dataclasses.replace(moments, squared_norms=_joined(norms, examples))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="chunk_size")
+def _align(
+    fun: CostFn, params: Params, examples: Examples, direction: Params, *, chunk_size: int
+) -> Array:
+    steps, _, chunk_of = _chunks(examples, chunk_size)
+
+    def products(step: Array) -> Array:
+        chunk, _ = chunk_of(examples, step)
+        return per_example_value_and_grad(fun)(params, chunk)[1].inner_products(direction)
+
+    return _joined(jax.lax.map(products, jnp.arange(steps)), examples)
+
+
+def _chunks(examples: Examples, chunk_size: int) -> tuple[int, int, Callable[..., Any]]:
+    """The number of chunks, their one size, and a function that cuts out chunk number ``step``.
+
+    Nothing is padded: the last chunk reaches back into the one before, and the mask that comes with
+    it says which of its examples are new.
+    """
+    n = _validate.num_examples(examples)
+    steps = -(-n // chunk_size)
+    size = -(-n // steps)
+
+    def chunk_of(arrays: PyTree, step: Array) -> tuple[PyTree, Array]:
+        start = jnp.minimum(step * size, n - size)
+        chunk = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_slice_in_dim(jnp.asarray(leaf), start, size), arrays
+        )
+        return chunk, start + jnp.arange(size) >= step * size
+
+    return steps, size, chunk_of
+
+
+def _joined(values: Array, examples: Examples) -> Array:
+    """The (n,) numbers that chunks left as (steps, size)."""
+    again = values.size - _validate.num_examples(examples)
+    return jnp.concatenate([values[:-1].reshape(-1), values[-1, again:]])
+
+
+def _of_chunk(
+    costs: Array,
+    grads: PerExampleGrads,
+    squared_norms: PyTree,
+    norms: Array,
+    weights: Array | None,
+    *,
+    per_coordinate: bool,
+) -> GradientMoments:
+    """The moments of the examples of a chunk whose weight is 1, not 0; None: of all."""
+    ones = jnp.ones_like(norms) if weights is None else weights
+    count = jnp.sum(ones).astype(jnp.int32)
+
+    def mean_over_chunk(total: Array) -> Array:
+        wide = total.astype(jnp.promote_types(total.dtype, jnp.float32))
+        return wide / jnp.maximum(count, 1).astype(wide.dtype)
+
+    def average(values: Array) -> Array:
+        return mean_over_chunk(jnp.vdot(ones.astype(values.dtype), values))
+
+    mean = jax.tree.map(mean_over_chunk, grads.sum(weights))
+    trace = jax.tree.map(
+        lambda a, g: average(a) - jnp.sum(jnp.square(g)).astype(a.dtype), squared_norms, mean
+    )
+    variance = None
+    if per_coordinate:
+        second = jax.tree.map(mean_over_chunk, grads.second_moment(ones))
+        variance = jax.tree.map(lambda s, g: s - jnp.square(g), second, mean)
+    return GradientMoments(count, average(costs), mean, trace, average(jnp.sqrt(norms)), variance)
+
+
+def _merge(a: GradientMoments, b: GradientMoments) -> GradientMoments:
+    """The moments of two sets, without what is kept per example; an empty set changes nothing."""
+    count = a.count + b.count
+    share = b.count.astype(a.cost.dtype) / jnp.maximum(count, 1)
+
+    def blend(x: Array, y: Array) -> Array:
+        return x + share.astype(x.dtype) * (y - x)
+
+    shift = jax.tree.map(jnp.subtract, b.mean, a.mean)
+    spread = share * (1 - share)
+
+    def add_shift(trace: Array, shift: Array) -> Array:
+        return trace + (spread * jnp.sum(jnp.square(shift))).astype(trace.dtype)
+
+    trace = jax.tree.map(blend, a.trace_per_leaf, b.trace_per_leaf)
+    variance = None
+    if a.variance is not None and b.variance is not None:
+        variance = jax.tree.map(blend, a.variance, b.variance)
+        variance = jax.tree.map(
+            lambda v, d: v + spread.astype(v.dtype) * jnp.square(d), variance, shift
+        )
+    return GradientMoments(
+        count=count,
+        cost=blend(a.cost, b.cost),
+        mean=jax.tree.map(blend, a.mean, b.mean),
+        trace_per_leaf=jax.tree.map(add_shift, trace, shift),
+        mean_norm=blend(a.mean_norm, b.mean_norm),
+        variance=variance,
+    )
+
+
+_merge_jitted = jax.jit(_merge)
+
+
+def _scaled(share: Array, value: Array) -> Array:
+    """``share`` times ``value``, along the leading axes that share has."""
+    return share.reshape(share.shape + (1,) * (value.ndim - share.ndim)).astype(value.dtype) * value
+
+
+def _batches(examples: Any) -> Iterable[Examples] | None:
+    """The iterable of batches, or None where ``examples`` is a pytree of arrays."""
+    leaves = jax.tree.leaves(examples)
+    is_one_object = len(leaves) == 1 and leaves[0] is examples
+    if is_one_object and not hasattr(examples, "shape") and hasattr(examples, "__iter__"):
+        return examples
+    return None
+
+
+def _checked_strata(
+    strata: Array | None, num_strata: int | None, examples: Examples
+) -> tuple[Array | None, int | None]:
+    if strata is None:
+        if num_strata is not None:
+            raise ValueError("num_strata is given without strata")
+        return None, None
+    n = _validate.num_examples(examples)
+    if jnp.shape(strata) != (n,):
+        raise ValueError(f"strata must have shape ({n},), got {jnp.shape(strata)}")
+    if not jnp.issubdtype(jnp.result_type(strata), jnp.integer):
+        raise TypeError(f"strata must hold integers, got dtype {jnp.result_type(strata)}")
+    if isinstance(strata, jax.core.Tracer):
+        if num_strata is None:
+            raise ValueError("strata is traced: say how many there are by num_strata")
+        return strata, _validate.positive_int("num_strata", num_strata)
+    labels = np.asarray(strata)
+    count = int(labels.max()) + 1 if num_strata is None else num_strata
+    count = _validate.positive_int("num_strata", count)
+    if labels.min() < 0 or labels.max() >= count:
+        raise ValueError(f"strata must lie in 0 … {count - 1}, got {labels.min()} … {labels.max()}")
+    (empty,) = np.nonzero(np.bincount(labels, minlength=count) == 0)
+    if empty.size:
+        raise ValueError(
+            f"stratum {empty[0]} holds no examples; number the strata 0 … H − 1 without gaps"
+        )
+    return jnp.asarray(labels, jnp.int32), count
+
+
+def _refuse_non_finite(
+    moments: GradientMoments,
+    fun: CostFn,
+    params: Params,
+    examples: Examples,
+    chunk_size: int,
+    first: int = 0,
+) -> None:
+    """Raises where gradients are not finite, naming examples; counts batches from ``first``."""
+    if isinstance(moments.count, jax.core.Tracer):
+        return
+    if np.all(np.isfinite(moments.trace)) and np.all(np.isfinite(moments.mean_norm)):
+        return
+    norms = _stream(
+        fun,
+        params,
+        examples,
+        None,
+        chunk_size=chunk_size,
+        per_coordinate=False,
+        keep_norms=True,
+        num_strata=None,
+    ).squared_norms
+    bad = np.flatnonzero(~np.isfinite(np.asarray(norms))) + first
+    if not bad.size:
+        raise FloatingPointError("every ‖g_i‖² is finite, but their sum is not: it overflows")
+    named = ", ".join(map(str, bad[:10])) + (", …" if bad.size > 10 else "")
+    raise FloatingPointError(
+        f"‖g_i‖² is not finite for {bad.size} examples: {named}. Look at these examples, or at "
+        "params where it is all of them"
+    )
