@@ -174,6 +174,33 @@ def test_a_full_batch_is_gradient_descent(tiny):
             np.testing.assert_allclose(w, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_an_epoch_is_that_of_the_book_in_an_order_of_its_own(tiny):
+    dataset = data.load(tiny)
+    config = Config(dataset=str(tiny), batch_size=4, seed=7, epochs=2, dtype="float64")
+    seen = []
+
+    def keep(state, record):
+        seen.append([leaf[0].copy() for leaf in as_reference(state.params)])
+
+    train.run(config, dataset, on_epoch=keep)
+    _, key = jax.random.split(jax.random.key(7))
+    network, velocities = seen[0], [np.zeros_like(w) for w in seen[0]]
+    for number in (1, 2):
+        order = sj.sampling.epoch(jax.random.fold_in(key, number), N, 4, keep_last=True)
+        batches = [batch[batch >= 0] for batch in np.asarray(order)]
+        assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 2]
+        network, velocities = reference.epoch(
+            network,
+            velocities,
+            pairs(dataset.train),
+            batches,
+            reference.quadratic_delta,
+            learning_rate=3.0,
+        )
+        for w, expected in zip(seen[number], network, strict=True):
+            np.testing.assert_allclose(w, expected, rtol=1e-11, atol=1e-13)
+
+
 def test_seeds_trained_together_do_what_each_does_alone(tiny):
     config = Config(dataset=str(tiny), batch_size=4, epochs=3, seed=5, num_seeds=3, dtype="float64")
     together = train.run(config)

@@ -331,6 +331,21 @@ def test_wandb_gets_every_line_under_the_name_of_the_run(tmp_path, monkeypatch):
     assert rest == [(0, 0.5), (1, 0.6), "finished"]
 
 
+def test_wandb_itself_writes_offline_what_it_is_given(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = runs.RunFolder.create(tmp_path, "mine", "train")
+    logger = runs.LOGGERS["wandb"](folder, {"epochs": 1})
+    logger.log(record(0, 0.5))
+    logger.log(seeds(1, [0.7, 0.8, 0.5], [0, 0, 3]))
+    logger.close()
+    (path,) = (folder.path / "wandb").glob("offline-run-*-mine/run-mine.wandb")
+    written = path.read_bytes()
+    assert b"accuracy_test" in written
+    assert b"accuracy_test/median" in written
+
+
 def test_loggers_that_are_unknown_or_missing_are_named(monkeypatch):
     runs.check_loggers(("jsonl", "tensorboard"))
     with pytest.raises(ValueError, match=r"'csv'.*jsonl.*tensorboard, wandb"):
