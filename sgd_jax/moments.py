@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sgd_jax import _validate
+from sgd_jax._chunks import chunks, joined, vary_like
 from sgd_jax._typing import Array, CostFn, Examples, Params, PyTree
 from sgd_jax.per_example import PerExampleGrads, per_example_value_and_grad
-from sgd_jax.per_example.gradients import _vary_like
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +45,7 @@ class GradientMoments:
 
     @property
     def trace(self) -> Array:
-        """tr Σ = 1/n Σ_i ‖g_i − G‖²: how far examples are from their mean, squared."""
+        """The trace tr Σ = 1/n Σ_i ‖g_i − G‖²: how far examples are from their mean, squared."""
         return functools.reduce(jnp.add, jax.tree.leaves(self.trace_per_leaf))
 
     @property
@@ -102,7 +102,8 @@ class GradientMoments:
         if self.count.ndim != 1:
             raise ValueError("pooled takes moments of strata; these are of one set")
         strata = dataclasses.replace(self, squared_norms=None)
-        first, rest = (jax.tree.map(lambda leaf: leaf[s], strata) for s in (0, slice(1, None)))
+        first = jax.tree.map(lambda leaf: leaf[0], strata)
+        rest = jax.tree.map(lambda leaf: leaf[1:], strata)
         total = jax.lax.scan(lambda a, b: (_merge(a, b), None), first, rest)[0]
         return dataclasses.replace(total, squared_norms=self.squared_norms)
 
@@ -284,7 +285,7 @@ def _stream(
 ) -> GradientMoments:
     """The moments of examples in arrays: one scan over chunks."""
     value_and_grad = per_example_value_and_grad(fun)
-    steps, size, chunk_of = _chunks(examples, chunk_size)
+    steps, size, chunk_of = chunks(examples, chunk_size)
     padded = steps * size > _validate.num_examples(examples)
 
     def measure(step: Array) -> tuple[GradientMoments, Array | None]:
@@ -310,50 +311,24 @@ def _stream(
 
     like, _ = jax.eval_shape(measure, jnp.array(0))
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-    nothing = _vary_like((params, examples), nothing)
+    nothing = vary_like((params, examples), nothing)
     moments, norms = jax.lax.scan(add, nothing, jnp.arange(steps))
     if norms is None:
         return moments
-    return dataclasses.replace(moments, squared_norms=_joined(norms, examples))
+    return dataclasses.replace(moments, squared_norms=joined(norms, examples))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="chunk_size")
 def _align(
     fun: CostFn, params: Params, examples: Examples, direction: Params, *, chunk_size: int
 ) -> Array:
-    steps, _, chunk_of = _chunks(examples, chunk_size)
+    steps, _, chunk_of = chunks(examples, chunk_size)
 
     def products(step: Array) -> Array:
         chunk, _ = chunk_of(examples, step)
         return per_example_value_and_grad(fun)(params, chunk)[1].inner_products(direction)
 
-    return _joined(jax.lax.map(products, jnp.arange(steps)), examples)
-
-
-def _chunks(examples: Examples, chunk_size: int) -> tuple[int, int, Callable[..., Any]]:
-    """The number of chunks, their one size, and a function that cuts out chunk number ``step``.
-
-    Nothing is padded: the last chunk reaches back into the one before, and the mask that comes with
-    it says which of its examples are new.
-    """
-    n = _validate.num_examples(examples)
-    steps = -(-n // chunk_size)
-    size = -(-n // steps)
-
-    def chunk_of(arrays: PyTree, step: Array) -> tuple[PyTree, Array]:
-        start = jnp.minimum(step * size, n - size)
-        chunk = jax.tree.map(
-            lambda leaf: jax.lax.dynamic_slice_in_dim(jnp.asarray(leaf), start, size), arrays
-        )
-        return chunk, start + jnp.arange(size) >= step * size
-
-    return steps, size, chunk_of
-
-
-def _joined(values: Array, examples: Examples) -> Array:
-    """The (n,) numbers that chunks left as (steps, size)."""
-    again = values.size - _validate.num_examples(examples)
-    return jnp.concatenate([values[:-1].reshape(-1), values[-1, again:]])
+    return joined(jax.lax.map(products, jnp.arange(steps)), examples)
 
 
 def _of_chunk(

@@ -202,6 +202,19 @@ def prefers_gram(factor: Outer) -> bool:
     return factor.is_indexed or factor.num_terms * (a + b) <= a * b
 
 
+def compact(factor: Factor) -> Factor:
+    """The factor, with g_i formed where that is at most half as large: t(a + b) ≥ 2ab.
+
+    So it is with the kernels of convolutions, used at many positions: one batched product then
+    serves every question.
+    """
+    if isinstance(factor, Outer) and not factor.is_indexed and factor.num_terms > 1:
+        _, a, b = factor.layout.sizes()
+        if factor.num_terms * (a + b) >= 2 * a * b:
+            return Dense(factor.materialize())
+    return factor
+
+
 def inner_by_gram(x: Outer, y: Outer) -> Array:
     """⟨g_i, h_i⟩ = Σ_{t,s} ⟨left_t, left'_s⟩ ⟨right_t, right'_s⟩, for two factors of one layout."""
     rights = jnp.einsum("nhtb,nhsb->nhts", x.right, y.right)

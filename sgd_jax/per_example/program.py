@@ -412,14 +412,16 @@ class _Planner:
         for k, variable in enumerate(eqn.outvars):
             flows = (
                 Kind.PARAMETER in kinds
-                and jnp.issubdtype(variable.aval.dtype, jnp.floating)
+                and jnp.issubdtype(variable.aval.dtype, jnp.inexact)
                 and eqn.primitive.name != "stop_gradient"
             )
             if not flows:
                 results.append(Origin(Kind.CONSTANT, stacked=stacked))
                 continue
             view = _view(eqn, k, [o.view for o in operands])
-            results.append(Origin(Kind.PARAMETER, leaves, view, stacked))
+            # A call of several parameters may return a view of one of them.
+            shown = leaves if view is None else frozenset([view.leaf])
+            results.append(Origin(Kind.PARAMETER, shown, view, stacked))
         return step, results
 
     def _meet(
@@ -572,7 +574,7 @@ class _Planner:
         by_variable = dict(zip(eqn.invars, operands, strict=True))
         tangents = [v for v in inputs if by_variable[v].kind is Kind.PARAMETER]
         differentiable = [
-            k for k, v in enumerate(outputs) if jnp.issubdtype(v.aval.dtype, jnp.floating)
+            k for k, v in enumerate(outputs) if jnp.issubdtype(v.aval.dtype, jnp.inexact)
         ]
 
         def tangent(*args: Any) -> list[Any]:

@@ -70,11 +70,6 @@ class Site:
     has_rule: bool = True
     """False where v is lifted because nothing is known of the primitive."""
 
-    @property
-    def dtype(self) -> Any:
-        """The dtype of gradients here: that of v, at least."""
-        return self.value.dtype
-
     def stacked_lengths(self) -> tuple[int, ...]:
         """The lengths of the scans in which every iteration has its own v."""
         return tuple(level.length for level in self.levels if level.stacked)
@@ -233,7 +228,7 @@ class Rows:
     """The dimensions of the output that run over the other dimensions of v."""
     out_ndim: int
     drops: bool
-    """Whether an index out of bounds picks nothing; otherwise it is moved to the nearest row."""
+    """Whether the gradient of an index out of bounds is dropped, or goes to the nearest row."""
     name: str = "rows by index"
 
     def factor(
@@ -243,13 +238,14 @@ class Rows:
         sizes = [site.value.shape[d] for d in self.row_dims]
         rest = _complement(site.value.ndim, self.row_dims)
         layout = Layout.of(view, leaf_shape, (), self.row_dims, rest)
-        limits = jnp.array(sizes, act.dtype)
-        inside = jnp.all((act >= 0) & (act < limits), axis=-1)
-        clipped = jnp.clip(act, 0, limits - 1)
-        strides = jnp.array([math.prod(sizes[k + 1 :]) for k in range(len(sizes))], act.dtype)
-        rows = jnp.sum(clipped * strides, axis=-1)
-        if self.drops:
-            rows = jnp.where(inside, rows, -1)
+        act = act.astype(jnp.result_type(act.dtype, jnp.int32))  # sizes may not fit in 8 bits
+        rows = jnp.zeros(act.shape[:-1], act.dtype)
+        inside = jnp.ones(act.shape[:-1], bool)
+        for d, size in enumerate(sizes):
+            index = act[..., d]
+            inside &= (index >= 0) & (index < size)
+            rows = rows * size + jnp.clip(index, 0, size - 1)
+        rows = (jnp.where(inside, rows, -1) if self.drops else rows).astype(jnp.int32)
         picks = _complement(self.out_ndim, self.offset_dims)
         left = site.arrange(rows, (), range(rows.ndim - 1 - len(site.levels)))
         right = site.arrange(delta, (), picks, self.offset_dims)
@@ -309,7 +305,8 @@ def gather_rule(eqn: Any, operand: int) -> Rule | None:
         or not whole
     ):
         return None
-    drops = GatherScatterMode.from_any(eqn.params["mode"]) == GatherScatterMode.FILL_OR_DROP
+    # A promise of indices in bounds, when broken, reads the nearest row; its gradient is dropped.
+    drops = GatherScatterMode.from_any(eqn.params["mode"]) != GatherScatterMode.CLIP
     return Rows(rows, tuple(numbers.offset_dims), eqn.outvars[0].aval.ndim, drops)
 
 

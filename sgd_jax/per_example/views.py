@@ -203,7 +203,7 @@ def view_through(eqn: Any, views: Sequence[View | None]) -> View | None:
         return None
     view: View = views[0]
     if name in ("convert_element_type", "copy", "copy_p"):
-        return view
+        return view if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating) else None
     if name == "neg":
         return view.scaled(-1.0)
     if name == "transpose":

@@ -1,0 +1,53 @@
+"""Walking through examples in chunks of one size, inside one compiled program."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sgd_jax import _validate
+from sgd_jax._typing import Array, Examples, PyTree
+
+
+def chunks(examples: Examples, chunk_size: int) -> tuple[int, int, Callable[..., Any]]:
+    """Returns the number of chunks, their one size ≤ chunk_size, and what cuts out chunk ``step``.
+
+    The function takes arrays with leading axis n and a step, and returns (chunk, fresh). Nothing
+    is padded: the last chunk reaches back into the one before, and ``fresh`` (size,) is False where
+    an example has been seen already.
+    """
+    n = _validate.num_examples(examples)
+    steps = -(-n // chunk_size)
+    size = -(-n // steps)
+
+    def chunk_of(arrays: PyTree, step: Array) -> tuple[PyTree, Array]:
+        start = jnp.minimum(step * size, n - size)
+        chunk = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_slice_in_dim(jnp.asarray(leaf), start, size), arrays
+        )
+        return chunk, start + jnp.arange(size) >= step * size
+
+    return steps, size, chunk_of
+
+
+def joined(values: Array, examples: Examples) -> Array:
+    """Returns the (n,) numbers that the chunks left as (steps, size)."""
+    again = values.size - _validate.num_examples(examples)
+    return jnp.concatenate([values[:-1].reshape(-1), values[-1, again:]])
+
+
+def vary_like(examples: PyTree, values: PyTree) -> PyTree:
+    """Marks values as varying over the mesh axes that examples vary over, inside shard_map.
+
+    A scan needs it of the zeros it starts from.
+    """
+    axes = frozenset().union(
+        *(getattr(jax.typeof(leaf), "vma", ()) for leaf in jax.tree.leaves(examples))
+    )
+
+    def vary(value: Array) -> Array:
+        missing = tuple(sorted(axes - frozenset(getattr(jax.typeof(value), "vma", ()))))
+        return jax.lax.pcast(value, missing, to="varying") if missing else value
+
+    return jax.tree.map(vary, values)

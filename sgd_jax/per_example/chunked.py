@@ -1,0 +1,102 @@
+"""G for any n: nothing is kept, and every question goes through the examples in chunks."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sgd_jax._typing import Array, Examples, Params, PyTree
+from sgd_jax.per_example.matrix import PerExampleGrads, Rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkedPerExampleGrads(Rows):
+    """The same G as `PerExampleGrads`, with the same methods, in the memory of one chunk.
+
+    It holds params and examples; every method takes the gradients of ``chunk_size`` examples at a
+    time. A last, short chunk is filled up with the first example at weight zero.
+    """
+
+    params: Params
+    examples: Examples
+    grads_of: Callable[[Params, Examples], PerExampleGrads] = dataclasses.field(
+        metadata={"static": True}
+    )
+    num_examples: int = dataclasses.field(metadata={"static": True})
+    """n."""
+    chunk_size: int = dataclasses.field(metadata={"static": True})
+
+    def sum(self, weights: Array | None = None) -> Params:
+        """Returns Σ_i c_i g_i, a sum without 1/n; like params. See `PerExampleGrads.sum`."""
+        self._check_weights(weights)
+        weights = jnp.ones(self.num_examples) if weights is None else weights
+        return self._sum_chunks(lambda grads, chunk: grads.sum(chunk), weights)
+
+    def squared_norms(self, per_leaf: bool = False) -> PyTree:
+        """Returns ‖g_i‖², (n,), or for each leaf. See `PerExampleGrads.squared_norms`."""
+        return self._map_grads(lambda grads: grads.squared_norms(per_leaf))
+
+    def second_moment(self, weights: Array | None = None) -> Params:
+        """Returns 1/n Σ_i g_i², or Σ_i c_i g_i². See `PerExampleGrads.second_moment`."""
+        self._check_weights(weights)
+        n = self.num_examples
+        weights = jnp.full((n,), 1 / n) if weights is None else weights
+        return self._sum_chunks(lambda grads, chunk: grads.second_moment(chunk), weights)
+
+    def inner_products(self, direction: Params) -> Array:
+        """Returns ⟨g_i, v⟩, (n,). See `PerExampleGrads.inner_products`."""
+        return self._map_grads(lambda grads: grads.inner_products(direction))
+
+    def gram(self, other: "PerExampleGrads | ChunkedPerExampleGrads | None" = None) -> Array:
+        """Returns ⟨g_i, h_j⟩, (n, n'): every pair of chunks. See `PerExampleGrads.gram`."""
+        other = self if other is None else other
+
+        def rows(mine: PerExampleGrads) -> Array:
+            if isinstance(other, PerExampleGrads):
+                return mine.gram(other)
+            return other._map_grads(lambda theirs: theirs.gram(mine)).T
+
+        return self._map_grads(rows)
+
+    def materialize(self) -> Params:
+        """Returns the g_i themselves, leaves (n, *shape). See `PerExampleGrads.materialize`."""
+        return self._map_grads(lambda grads: grads.materialize())
+
+    def map_chunks(self, function: Callable[[Examples], PyTree]) -> PyTree:
+        """Applies a function of examples to all of them, a chunk at a time; leaves (n, ...)."""
+        stacked = jax.lax.map(lambda step: function(self._chunk(step)), jnp.arange(self._steps))
+        return jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: self.num_examples], stacked
+        )
+
+    @property
+    def _steps(self) -> int:
+        return -(-self.num_examples // self.chunk_size)
+
+    def _indices(self, step: Array) -> Array:
+        """The examples of a chunk; n and more stand for no example."""
+        return step * self.chunk_size + jnp.arange(self.chunk_size)
+
+    def _chunk(self, step: Array) -> Examples:
+        indices = self._indices(step)
+        indices = jnp.where(indices < self.num_examples, indices, 0)
+        return jax.tree.map(lambda leaf: leaf[indices], self.examples)
+
+    def _map_grads(self, function: Callable[[PerExampleGrads], PyTree]) -> PyTree:
+        return self.map_chunks(lambda chunk: function(self.grads_of(self.params, chunk)))
+
+    def _sum_chunks(
+        self, function: Callable[[PerExampleGrads, Array], PyTree], weights: Array
+    ) -> PyTree:
+        def add(total: PyTree, step: Array) -> tuple[PyTree, None]:
+            indices = self._indices(step)
+            present = indices < self.num_examples
+            chunk_weights = jnp.where(present, weights[jnp.where(present, indices, 0)], 0)
+            value = function(self.grads_of(self.params, self._chunk(step)), chunk_weights)
+            return jax.tree.map(jnp.add, total, value), None
+
+        zeros: Any = jax.tree.map(jnp.zeros_like, self.params)
+        return jax.lax.scan(add, zeros, jnp.arange(self._steps))[0]

@@ -1,0 +1,252 @@
+"""The n × p matrix G of per-example gradients, as one lazy, factored object."""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sgd_jax._tree import tree_dot
+from sgd_jax._typing import Array, Params, PyTree
+from sgd_jax.per_example import factors as F  # noqa: N812
+from sgd_jax.per_example.factors import Dense, Factor, Shared
+
+
+class Rows:
+    """What follows from sums and norms, however the rows of G are kept."""
+
+    num_examples: int
+    """n."""
+
+    def sum(self, weights: Array | None = None) -> Params:
+        """Returns Σ_i c_i g_i."""
+        raise NotImplementedError
+
+    def squared_norms(self, per_leaf: bool = False) -> PyTree:
+        """Returns ‖g_i‖²."""
+        raise NotImplementedError
+
+    def mean(self) -> Params:
+        """Returns the gradient of the mean cost, 1/n Σ_i g_i; like params."""
+        return jax.tree.map(lambda leaf: leaf / self.num_examples, self.sum())
+
+    def clipped_mean(self, max_norm: float | Array) -> Params:
+        """Returns 1/n Σ_i min(1, c/‖g_i‖) g_i with c = max_norm; like params.
+
+        The norm is over all parameters together. A gradient of norm zero stays zero.
+        """
+        norms = jnp.sqrt(self.squared_norms())
+        clip = jnp.minimum(1, max_norm / jnp.where(norms > 0, norms, 1))
+        return self.sum(clip / self.num_examples)
+
+    def _check_weights(self, weights: Array | None) -> None:
+        if weights is not None and jnp.shape(weights) != (self.num_examples,):
+            raise ValueError(
+                f"weights must have shape ({self.num_examples},), one number for each example, "
+                f"got {jnp.shape(weights)}"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pulled:
+    """Factors of values that parameters were computed into, such as a normalized weight.
+
+    Gradients with respect to the parameters are their pullback by the VJP of that computation.
+    """
+
+    factors: tuple[Factor, ...]
+    pull: Callable[[tuple[Array, ...]], tuple[list[Array]]]
+    """From cotangents of the values to cotangents of the leaves."""
+    leaves: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    shapes: tuple[tuple[tuple[int, ...], Any], ...] = dataclasses.field(metadata={"static": True})
+    """Shape and dtype of each value."""
+
+    def pull_back(self, cotangents: Sequence[Array]) -> dict[int, Array]:
+        """Cotangents of the leaves, by leaf."""
+        (leaves,) = self.pull(tuple(cotangents))
+        return dict(zip(self.leaves, leaves, strict=True))
+
+    def push_forward(self, direction: Sequence[Array]) -> tuple[Array, ...]:
+        """The directional derivative of the values: the transpose of `pull_back`."""
+        zeros = tuple(jnp.zeros(shape, dtype) for shape, dtype in self.shapes)
+
+        def product(cotangents: tuple[Array, ...]) -> Array:
+            pulled = self.pull_back(cotangents)
+            return tree_dot(list(pulled.values()), [direction[leaf] for leaf in pulled])
+
+        return jax.grad(product)(zeros)
+
+    def factors_of_leaves(self) -> dict[int, list[Factor]]:
+        """The same gradients as factors of the parameters themselves."""
+        result: dict[int, list[Factor]] = {leaf: [] for leaf in self.leaves}
+        zeros = [jnp.zeros(shape, dtype) for shape, dtype in self.shapes]
+        full = [k for k, z in enumerate(zeros) if z.size > 1]
+        for k, zero in enumerate(zeros):
+            if k in full:
+                continue
+            ones = [jnp.ones_like(zero) if j == k else z for j, z in enumerate(zeros)]
+            coefficients = self.factors[k].materialize().reshape(-1)
+            for leaf, basis in self.pull_back(ones).items():
+                result[leaf].append(Shared(coefficients, basis))
+        if full:
+
+            def pull_one(values: list[Array]) -> dict[int, Array]:
+                cotangents = list(zeros)
+                for k, value in zip(full, values, strict=True):
+                    cotangents[k] = value
+                return self.pull_back(cotangents)
+
+            pulled = jax.vmap(pull_one)([self.factors[k].materialize() for k in full])
+            for leaf, values in pulled.items():
+                result[leaf].append(Dense(values))
+        return result
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerExampleGrads(Rows):
+    """The gradients g_1 … g_n of n examples: the rows of G, kept in factors.
+
+    Made by `per_example_grad`. A pytree, so it passes through `jax.jit`, `jax.vmap`,
+    `jax.lax.scan` and `jax.shard_map`. Products with G cost about one plain gradient; only
+    `materialize`, and what is said to form g_i below, writes gradients down. Every method equals
+    what the same formula gives on ``jax.vmap(jax.grad(fun))``, to rounding.
+    """
+
+    factors: tuple[tuple[Factor, ...], ...]
+    pulled: Pulled | None
+    treedef: Any = dataclasses.field(metadata={"static": True})
+    shapes: tuple[tuple[tuple[int, ...], Any], ...] = dataclasses.field(metadata={"static": True})
+    num_examples: int = dataclasses.field(metadata={"static": True})
+    """n."""
+
+    def sum(self, weights: Array | None = None) -> Params:
+        """Returns Σ_i c_i g_i, a sum without 1/n; like params.
+
+        Args:
+          weights: c, shape (n,); None is all ones. A padded example takes weight 0.
+
+        Raises:
+          ValueError: weights is not (n,).
+        """
+        self._check_weights(weights)
+        leaves = [
+            functools.reduce(
+                operator.add, (f.weighted_sum(weights) for f in factors), jnp.zeros(shape, dtype)
+            )
+            for factors, (shape, dtype) in zip(self.factors, self.shapes, strict=True)
+        ]
+        if self.pulled is not None:
+            sums = [f.weighted_sum(weights) for f in self.pulled.factors]
+            for leaf, value in self.pulled.pull_back(sums).items():
+                leaves[leaf] = leaves[leaf] + value
+        return self._like_params(leaves)
+
+    def squared_norms(self, per_leaf: bool = False) -> PyTree:
+        """Returns ‖g_i‖², shape (n,), over all parameters; exact also for shared parameters.
+
+        Args:
+          per_leaf: return a pytree like params instead, with the (n,) of each leaf.
+        """
+        leaves = [
+            F.squared_norms(factors) if factors else jnp.zeros(self.num_examples, dtype)
+            for factors, (_, dtype) in zip(self._leaf_factors(), self.shapes, strict=True)
+        ]
+        return self._like_params(leaves) if per_leaf else functools.reduce(operator.add, leaves)
+
+    def second_moment(self, weights: Array | None = None) -> Params:
+        """Returns 1/n Σ_i g_i², entry by entry, or Σ_i c_i g_i² with weights; like params.
+
+        One product where an example uses a parameter once; otherwise g_i is formed, some examples
+        at a time. The variance of each coordinate is this less the square of `mean`.
+        """
+        self._check_weights(weights)
+        if weights is None:
+            weights = jnp.full((self.num_examples,), 1 / self.num_examples)
+        leaves = [
+            F.second_moment(factors, weights.astype(dtype)) if factors else jnp.zeros(shape, dtype)
+            for factors, (shape, dtype) in zip(self._leaf_factors(), self.shapes, strict=True)
+        ]
+        return self._like_params(leaves)
+
+    def inner_products(self, direction: Params) -> Array:
+        """Returns ⟨g_i, v⟩, shape (n,): the derivative of each example's cost along v.
+
+        Args:
+          direction: v, like params.
+
+        Raises:
+          ValueError: direction has another structure or other shapes than params.
+        """
+        leaves, treedef = jax.tree.flatten(direction)
+        found = tuple(jnp.shape(leaf) for leaf in leaves)
+        expected = tuple(shape for shape, _ in self.shapes)
+        if treedef != self.treedef or found != expected:
+            raise ValueError(
+                f"direction must be like params: expected {self.treedef} with shapes {expected}, "
+                f"got {treedef} with shapes {found}"
+            )
+        leaves = [
+            jnp.asarray(leaf, dtype) for leaf, (_, dtype) in zip(leaves, self.shapes, strict=True)
+        ]
+        products = [
+            f.inner_products(leaf)
+            for factors, leaf in zip(self.factors, leaves, strict=True)
+            for f in factors
+        ]
+        if self.pulled is not None:
+            pushed = self.pulled.push_forward(leaves)
+            pairs = zip(self.pulled.factors, pushed, strict=True)
+            products += [f.inner_products(v) for f, v in pairs]
+        zeros = jnp.zeros(self.num_examples, self.shapes[0][1])
+        return functools.reduce(operator.add, products, zeros)
+
+    def gram(self, other: "PerExampleGrads | None" = None) -> Array:
+        """Returns ⟨g_i, h_j⟩ for all pairs, (n, n'): the Gram matrix G Hᵀ.
+
+        Args:
+          other: H, the gradients of n' examples in the same parameters; None is G itself.
+
+        Raises:
+          ValueError: other has parameters of another structure or other shapes.
+        """
+        other = self if other is None else other
+        if (self.treedef, self.shapes) != (other.treedef, other.shapes):
+            raise ValueError(
+                "other must have the same parameters: expected "
+                f"{self.treedef} with {self.shapes}, got {other.treedef} with {other.shapes}"
+            )
+        products = [
+            F.gram(mine, theirs)
+            for mine, theirs in zip(self._leaf_factors(), other._leaf_factors(), strict=True)
+            if mine and theirs
+        ]
+        zeros = jnp.zeros((self.num_examples, other.num_examples), self.shapes[0][1])
+        return functools.reduce(operator.add, products, zeros)
+
+    def materialize(self) -> Params:
+        """Returns the g_i themselves, leaves (n, *shape): n·p numbers, as ``vmap(grad)`` does."""
+        leaves = [
+            functools.reduce(
+                operator.add,
+                (f.materialize() for f in factors),
+                jnp.zeros((self.num_examples, *shape), dtype),
+            )
+            for factors, (shape, dtype) in zip(self._leaf_factors(), self.shapes, strict=True)
+        ]
+        return self._like_params(leaves)
+
+    def _leaf_factors(self) -> list[list[Factor]]:
+        """The factors of each leaf, with those that are pulled back among them."""
+        factors = [list(f) for f in self.factors]
+        if self.pulled is not None:
+            for leaf, more in self.pulled.factors_of_leaves().items():
+                factors[leaf].extend(more)
+        return factors
+
+    def _like_params(self, leaves: Sequence[Array]) -> Params:
+        return jax.tree.unflatten(self.treedef, leaves)
