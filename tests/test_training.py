@@ -198,7 +198,7 @@ def count_traces(fun):
     return counted, traces
 
 
-@pytest.mark.parametrize("optimizer", [sj.sgd(0.1), sj.sgd(**SWEEP), OPTAX["adam"]])
+@pytest.mark.parametrize("optimizer", [sj.sgd(**SWEEP), OPTAX["adam"]])
 @pytest.mark.parametrize("make", [sj.make_step, sj.make_epoch])
 @pytest.mark.parametrize(
     "params",
@@ -298,13 +298,13 @@ def test_an_epoch_equals_the_oracle_for_every_batch_size(m, keep_last, seed):
         pytest.param([list(range(NUM_EXAMPLES))], id="full batch"),
     ],
 )
-@pytest.mark.parametrize("dtype", [np.int8, np.int64])
-def test_any_explicit_order_of_any_integer_dtype_goes(batches, dtype):
-    assert_epoch_equals_oracle(sj.make_epoch, batches=np.array(batches, dtype))
+def test_any_explicit_order_goes(batches):
+    assert_epoch_equals_oracle(sj.make_epoch, batches=np.array(batches))
 
 
-def test_unsigned_indices_go():
-    assert_epoch_equals_oracle(sj.make_epoch, batches=np.array([[1, 2], [5, 6]], np.uint8))
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_indices_of_any_integer_dtype_go(dtype):
+    assert_epoch_equals_oracle(sj.make_epoch, batches=np.array([[1, 2], [5, 6]], dtype))
 
 
 def weights_replaced(replace):
