@@ -31,12 +31,6 @@ def chunks(examples: Examples, chunk_size: int) -> tuple[int, int, Callable[...,
     return steps, size, chunk_of
 
 
-def joined(values: Array, examples: Examples) -> Array:
-    """Returns the (n,) numbers that the chunks left as (steps, size)."""
-    again = values.size - _validate.num_examples(examples)
-    return jnp.concatenate([values[:-1].reshape(-1), values[-1, again:]])
-
-
 def vary_like(examples: PyTree, values: PyTree) -> PyTree:
     """Marks values as varying over the mesh axes that examples vary over, inside shard_map.
 

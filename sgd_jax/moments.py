@@ -11,9 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sgd_jax import _validate
-from sgd_jax._chunks import chunks, joined, vary_like
+from sgd_jax._chunks import chunks, vary_like
 from sgd_jax._typing import Array, CostFn, Examples, Params, PyTree
-from sgd_jax.per_example import PerExampleGrads, per_example_value_and_grad
+from sgd_jax.per_example import (
+    ChunkedPerExampleGrads,
+    PerExampleGrads,
+    per_example_grad,
+    per_example_value_and_grad,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -315,25 +320,22 @@ def _stream(
     moments, norms = jax.lax.scan(add, nothing, jnp.arange(steps))
     if norms is None:
         return moments
-    return dataclasses.replace(moments, squared_norms=joined(norms, examples))
+    again = norms.size - _validate.num_examples(examples)  # at the head of the last chunk
+    norms = jnp.concatenate([norms[:-1].reshape(-1), norms[-1, again:]])
+    return dataclasses.replace(moments, squared_norms=norms)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="chunk_size")
 def _align(
     fun: CostFn, params: Params, examples: Examples, direction: Params, *, chunk_size: int
 ) -> Array:
-    steps, _, chunk_of = chunks(examples, chunk_size)
-
-    def products(step: Array) -> Array:
-        chunk, _ = chunk_of(examples, step)
-        return per_example_value_and_grad(fun)(params, chunk)[1].inner_products(direction)
-
-    return joined(jax.lax.map(products, jnp.arange(steps)), examples)
+    size = min(chunk_size, _validate.num_examples(examples))
+    return per_example_grad(fun, chunk_size=size)(params, examples).inner_products(direction)
 
 
 def _of_chunk(
     costs: Array,
-    grads: PerExampleGrads,
+    grads: PerExampleGrads | ChunkedPerExampleGrads,
     squared_norms: PyTree,
     norms: Array,
     weights: Array | None,

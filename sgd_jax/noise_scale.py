@@ -296,7 +296,7 @@ def _probe(
 ) -> Array:
     """vᵀHv of every probe, (K,)."""
     n = _validate.num_examples(examples)
-    steps, _, chunk_of = chunks(examples, chunk_size)
+    grads = per_example_grad(fun, chunk_size=min(chunk_size, n))(params, examples)
 
     def one(k: Array) -> Array:
         if key is None:
@@ -304,14 +304,7 @@ def _probe(
         else:
             z = jax.random.rademacher(jax.random.fold_in(key, k), (n,), float)
         z = (z - jnp.mean(z)) / math.sqrt(n)
-
-        def add(total: Params, step: Array) -> tuple[Params, None]:
-            (chunk, weights), fresh = chunk_of((examples, z), step)
-            part = per_example_grad(fun)(params, chunk).sum(weights * fresh)
-            return jax.tree.map(jnp.add, total, part), None
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        direction = jax.lax.scan(add, zeros, jnp.arange(steps))[0]
+        direction = grads.sum(z)
         return _second_derivative(fun, params, examples, direction, chunk_size=chunk_size)
 
     return jax.lax.map(one, jnp.arange(num_probes or n), batch_size=min(num_probes or n, 8))

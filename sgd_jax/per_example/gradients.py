@@ -15,7 +15,8 @@ from sgd_jax.per_example import factors as F  # noqa: N812
 from sgd_jax.per_example.chunked import ChunkedPerExampleGrads
 from sgd_jax.per_example.factors import Dense, Factor
 from sgd_jax.per_example.matrix import PerExampleGrads, Pulled
-from sgd_jax.per_example.program import EXAMPLE, Program, Values, plan
+from sgd_jax.per_example.planning import EXAMPLE, plan
+from sgd_jax.per_example.program import Program, Values
 from sgd_jax.per_example.sites import Kind, Lift, Origin, Site
 from sgd_jax.per_example.views import View
 
@@ -291,7 +292,7 @@ def _materialized(
 
 
 def _factor(site: Site, leaves: Sequence[Array], delta: Array, act: Any) -> Factor:
-    """The factor that a site leaves: of its parameter, or of its value if that is no view of one."""
+    """The factor that a site leaves: of its parameter, or of its value where that is no view."""
     view = site.origin.view
     if view is None:
         lengths = site.stacked_lengths()
