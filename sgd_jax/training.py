@@ -1,5 +1,6 @@
 """Training as pure, compiled functions: one step, one epoch. No printing, no files."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -158,20 +159,51 @@ def make_epoch(
         _validate.num_examples(examples)
         if jnp.ndim(batches) != 2:
             raise ValueError(f"batches must be (steps, m), got shape {jnp.shape(batches)}")
+        if batches.shape[1] == 0:
+            raise ValueError(f"batches must name examples, got m = 0 in shape {batches.shape}")
         if not jnp.issubdtype(jnp.result_type(batches), jnp.integer):
             raise TypeError(f"batches must hold indices, got dtype {jnp.result_type(batches)}")
 
-        def body(state: TrainState, indices: Array) -> tuple[TrainState, StepInfo]:
+        def step(state: TrainState, batch: tuple[Examples, Array]) -> tuple[TrainState, StepInfo]:
+            return update(state, *batch)
+
+        def block(state: TrainState, indices: Array) -> tuple[TrainState, StepInfo]:
             present = indices >= 0
-            batch = jax.tree.map(lambda leaf: leaf[jnp.maximum(indices, 0)], examples)
-            num_present = jnp.sum(present)
+            gathered = jax.tree.map(
+                lambda leaf: leaf.at[jnp.maximum(indices, 0)].get(mode="promise_in_bounds"),
+                examples,
+            )
+            num_present = jnp.sum(present, axis=1, keepdims=True)
             # NaN said outright: XLA turns a division of bools by zero into zero.
             absent_weight = jnp.where(num_present > 0, 0.0, jnp.nan)
-            return update(state, batch, jnp.where(present, 1 / num_present, absent_weight))
+            weights = jnp.where(present, 1 / num_present, absent_weight)
+            return jax.lax.scan(step, state, (gathered, weights))
 
-        return jax.lax.scan(body, state, batches)
+        steps, m = batches.shape
+        length = _block_length(steps, m * _bytes_per_example(examples))
+        state, info = jax.lax.scan(block, state, batches.reshape(steps // length, length, m))
+        return state, jax.tree.map(lambda x: x.reshape(steps, *x.shape[2:]), info)
 
     return jax.jit(epoch, donate_argnums=(0,) if donate else ())
+
+
+_BLOCK_BYTES = 1 << 21
+"""How much is gathered at a time: a few hundred small mini-batches, in cache; big ones singly."""
+
+
+def _block_length(steps: int, bytes_per_step: int) -> int:
+    """The most steps whose mini-batches are gathered together: a divisor of the epoch's steps.
+
+    Gathering rows is slow one small mini-batch at a time: 0.155 s against 0.075 s for an epoch of
+    [784, 30, 10] with m = 10 on two CPU cores.
+    """
+    limit = max(1, _BLOCK_BYTES // max(1, bytes_per_step))
+    return max((d for d in range(1, min(limit, steps) + 1) if steps % d == 0), default=1)
+
+
+def _bytes_per_example(examples: Examples) -> int:
+    leaves = jax.tree.leaves(examples)
+    return sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _make_update(
