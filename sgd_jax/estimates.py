@@ -94,10 +94,10 @@ def expected_squared_error(
         return _importance_error(moments, m, probabilities)
     _check_at_most_n(m, moments)
     if scheme == "without_replacement":
-        return _finite_population(moments.count, m) * moments.trace / m
+        return _finite_population(_count(moments), m) * moments.trace / m
     if max_size is not None:
         return _overflowing_poisson_error(moments, m, max_size)
-    return (1 - m / moments.count) / m * moments.mean_squared_norm
+    return (1 - m / _count(moments)) / m * moments.mean_squared_norm
 
 
 def expected_cosine(
@@ -210,7 +210,7 @@ def gradient_diversity(moments: GradientMoments) -> Array:
 
     Source: Yin et al. 2018 (arXiv 1706.05699).
     """
-    return moments.mean_squared_norm / (moments.count * moments.squared_norm)
+    return moments.mean_squared_norm / (_count(moments) * moments.squared_norm)
 
 
 def gradient_signal_to_noise(moments: GradientMoments) -> Params:
@@ -254,6 +254,11 @@ def adascale_gain(moments: GradientMoments, batch_size: int, scale: float | Arra
     return (noise + signal) / (noise / scale + signal)
 
 
+def _count(moments: GradientMoments) -> Array:
+    """The count n as floating point: int32/int32 would be float32 even among float64."""
+    return moments.count.astype(moments.trace.dtype)
+
+
 def _finite_population(count: Array, m: int | Array) -> Array:
     """The factor f = (n − m)/(n − 1), which goes with Σ of 1/n; 0 for n = 1."""
     return (count - m) / jnp.maximum(count - 1, 1)
@@ -283,8 +288,9 @@ def _stratified_error(moments: GradientMoments, sizes: int | Sequence[int]) -> A
             if size > count:
                 raise ValueError(f"batch_size[{h}] is {size}, but stratum {h} holds {count}")
     draws = jnp.array(whole)
-    share = moments.count / jnp.sum(moments.count)
-    within = _finite_population(moments.count, draws) * moments.trace / draws
+    counts = _count(moments)
+    share = counts / jnp.sum(counts)
+    within = _finite_population(counts, draws) * moments.trace / draws
     return jnp.sum(jnp.square(share) * within)
 
 

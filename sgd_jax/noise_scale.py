@@ -96,10 +96,11 @@ def noise_scale(
             raise ValueError(f"noise_scale needs at least {least} examples, got n = {n}")
         if population is not None and _validate.positive_int("population", population) < n:
             raise ValueError(f"population must be at least n, got {population} < n = {n}")
-    parts_of = functools.partial(_unbiased, moments.count, population)
+    count = moments.count.astype(moments.trace.dtype)
+    parts_of = functools.partial(_unbiased, count, population)
     parts = parts_of(moments.trace, moments.squared_norm)
     per_leaf = jax.tree.map(parts_of, moments.trace_per_leaf, moments.squared_norm_per_leaf)
-    if has_interval:
+    if norms is not None and alignments is not None:
         covariance = _jackknife(norms, alignments, moments.squared_norm, population)
         low, high, undetermined = _fieller(parts, covariance, confidence)
     else:

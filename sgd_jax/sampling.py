@@ -359,7 +359,7 @@ def importance(key: Array, probabilities: Array, m: int) -> Sample:
     upper = jnp.cumsum(units)
     drawn = jax.random.randint(key, (m,), 0, jnp.maximum(upper[-1], 1), jnp.int32)
     indices = jnp.searchsorted(upper, drawn, side="right").astype(jnp.int32)
-    weights = upper[-1] / units[indices] / (m * n)
+    weights = upper[-1].astype(float) / units[indices] / (m * n)
     return Sample(indices, jnp.where(valid, weights, jnp.nan))
 
 

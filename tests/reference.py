@@ -106,3 +106,27 @@ def accuracy(network, inputs, labels):
     for x, label in zip(inputs, labels, strict=True):
         right += int(np.argmax(feedforward(network, x)) == label)
     return right / len(labels)
+
+
+def moments(gradients):
+    """Returns mean, trace of the population covariance, mean norm, and variances, of rows."""
+    n, p = gradients.shape
+    mean = sum(gradients[i] for i in range(n)) / n
+    trace = sum(float((g - mean) @ (g - mean)) for g in gradients) / n
+    mean_norm = sum(float(g @ g) ** 0.5 for g in gradients) / n
+    variance = np.array([sum((g[j] - mean[j]) ** 2 for g in gradients) / n for j in range(p)])
+    return mean, trace, mean_norm, variance
+
+
+def estimate(gradients, indices, weights):
+    """Returns Σ_k weights[k] g_(indices[k]); an index of −1 is no example."""
+    total = np.zeros(gradients.shape[1])
+    for i, weight in zip(indices, weights, strict=True):
+        if i >= 0:
+            total += weight * gradients[i]
+    return total
+
+
+def squared_error(gradients, indices, weights):
+    error = estimate(gradients, indices, weights) - gradients.mean(axis=0)
+    return float(error @ error)
