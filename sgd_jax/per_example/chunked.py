@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from sgd_jax._chunks import chunks, vary_like
 from sgd_jax._typing import Array, Examples, Params, PyTree
 from sgd_jax.per_example.matrix import PerExampleGrads, Rows
 
@@ -17,7 +17,7 @@ class ChunkedPerExampleGrads(Rows):
     """The same G as `PerExampleGrads`, with the same methods, in the memory of one chunk.
 
     It holds params and examples; every method takes the gradients of ``chunk_size`` examples at a
-    time. A last, short chunk is filled up with the first example at weight zero.
+    time. Where n is no multiple, the last chunk reaches back into the one before, at weight zero.
     """
 
     params: Params
@@ -67,23 +67,14 @@ class ChunkedPerExampleGrads(Rows):
 
     def map_chunks(self, function: Callable[[Examples], PyTree]) -> PyTree:
         """Applies a function of examples to all of them, a chunk at a time; leaves (n, ...)."""
-        stacked = jax.lax.map(lambda step: function(self._chunk(step)), jnp.arange(self._steps))
-        return jax.tree.map(
-            lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: self.num_examples], stacked
-        )
+        steps, size, chunk_of = chunks(self.examples, self.chunk_size)
+        values = jax.lax.map(lambda k: function(chunk_of(self.examples, k)[0]), jnp.arange(steps))
+        seen = steps * size - self.num_examples  # at the head of the last chunk
 
-    @property
-    def _steps(self) -> int:
-        return -(-self.num_examples // self.chunk_size)
+        def join(leaf: Array) -> Array:
+            return jnp.concatenate([leaf[:-1].reshape(-1, *leaf.shape[2:]), leaf[-1, seen:]])
 
-    def _indices(self, step: Array) -> Array:
-        """The examples of a chunk; n and more stand for no example."""
-        return step * self.chunk_size + jnp.arange(self.chunk_size)
-
-    def _chunk(self, step: Array) -> Examples:
-        indices = self._indices(step)
-        indices = jnp.where(indices < self.num_examples, indices, 0)
-        return jax.tree.map(lambda leaf: leaf[indices], self.examples)
+        return jax.tree.map(join, values)
 
     def _map_grads(self, function: Callable[[PerExampleGrads], PyTree]) -> PyTree:
         return self.map_chunks(lambda chunk: function(self.grads_of(self.params, chunk)))
@@ -91,12 +82,13 @@ class ChunkedPerExampleGrads(Rows):
     def _sum_chunks(
         self, function: Callable[[PerExampleGrads, Array], PyTree], weights: Array
     ) -> PyTree:
+        steps, _, chunk_of = chunks(self.examples, self.chunk_size)
+
         def add(total: PyTree, step: Array) -> tuple[PyTree, None]:
-            indices = self._indices(step)
-            present = indices < self.num_examples
-            chunk_weights = jnp.where(present, weights[jnp.where(present, indices, 0)], 0)
-            value = function(self.grads_of(self.params, self._chunk(step)), chunk_weights)
+            (chunk, chunk_weights), fresh = chunk_of((self.examples, weights), step)
+            grads = self.grads_of(self.params, chunk)
+            value = function(grads, jnp.where(fresh, chunk_weights, 0))
             return jax.tree.map(jnp.add, total, value), None
 
-        zeros: Any = jax.tree.map(jnp.zeros_like, self.params)
-        return jax.lax.scan(add, zeros, jnp.arange(self._steps))[0]
+        zeros = vary_like((self.params, self.examples), jax.tree.map(jnp.zeros_like, self.params))
+        return jax.lax.scan(add, zeros, jnp.arange(steps))[0]
