@@ -405,11 +405,10 @@ def _scaled(share: Array, value: Array) -> Array:
 
 def _batches(examples: Any) -> Iterable[Examples] | None:
     """The iterable of batches, or None where ``examples`` is a pytree of arrays."""
-    leaves = jax.tree.leaves(examples)
-    is_one_object = len(leaves) == 1 and leaves[0] is examples
-    if is_one_object and not hasattr(examples, "shape") and hasattr(examples, "__iter__"):
-        return examples
-    return None
+    is_container = jax.tree_util.default_registry.flatten_one_level(examples) is not None
+    if is_container or hasattr(examples, "shape") or not hasattr(examples, "__iter__"):
+        return None
+    return examples
 
 
 def _checked_strata(
@@ -450,7 +449,7 @@ def _refuse_non_finite(
     first: int = 0,
 ) -> None:
     """Raises where gradients are not finite, naming examples; counts batches from ``first``."""
-    if isinstance(moments.count, jax.core.Tracer):
+    if isinstance(moments.trace, jax.core.Tracer):
         return
     if np.all(np.isfinite(moments.trace)) and np.all(np.isfinite(moments.mean_norm)):
         return

@@ -35,7 +35,9 @@ class NoiseScale(NamedTuple):
     value: Array
     """The ratio of the unbiased parts; NaN where undetermined."""
     low: Array
-    """Lower end of the interval; it stands also where ``value`` is undetermined."""
+    """Lower end of the interval; it stands also where ``value`` is undetermined.
+
+    Infinite where even the upper end of ‖G‖² is below 0."""
     high: Array
     """Upper end of the interval; infinite where undetermined."""
     undetermined: Array
@@ -280,7 +282,8 @@ def _fieller(
     a, b, c = U**2 - var_U, S * U - cov, S**2 - var_S
     root = jnp.sqrt(jnp.maximum(b**2 - a * c, 0))  # below 0 only by rounding, or where c < 0
     determined = (a > 0) & (U > 0)
-    low = jnp.where(c > 0, c / (b + root), 0)
+    bounded = jnp.where(b + root > 0, c / (b + root), jnp.inf)  # U is below 0 for certain
+    low = jnp.where(c > 0, bounded, 0)
     high = jnp.where(determined, (b + root) / jnp.where(determined, a, 1), jnp.inf)
     return low, high, ~determined
 

@@ -1,0 +1,544 @@
+"""The claims of estimates, noise_scale and subsets: by enumeration, identities and coverage."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+import sgd_jax as sj
+from sgd_jax import noise_scale as noise_scale_module
+from sgd_jax import sampling
+from sgd_jax.estimates import (
+    adascale_gain,
+    cabs_batch_size,
+    expected_cosine,
+    expected_squared_error,
+    gradient_diversity,
+    gradient_signal_to_noise,
+    inner_product_test,
+    norm_test,
+    norm_test_batch_size,
+    orthogonality_test,
+)
+from sgd_jax.moments import gradient_moments
+from sgd_jax.noise_scale import (
+    NoiseParts,
+    curvature_noise_scale,
+    noise_scale,
+    two_batch_noise_parts,
+)
+from sgd_jax.per_example import per_example_grad
+from sgd_jax.subsets import subset_errors
+
+ROWS = np.random.default_rng(0).normal(size=(7, 3)) + 0.5
+W = jnp.zeros(3)
+
+
+def dot(w, x):
+    """A cost whose gradient at any w is the example itself."""
+    return jnp.dot(w, x)
+
+
+def moments_of(rows, **options):
+    rows = jnp.asarray(rows)
+    return gradient_moments(dot, jnp.zeros(rows.shape[1], rows.dtype), rows, **options)
+
+
+ALL = moments_of(ROWS, per_coordinate=True, keep_norms=True, keep_alignments=True)
+MEAN, TRACE, MEAN_NORM, VARIANCE = reference.moments(ROWS)
+NORM2 = float(MEAN @ MEAN)
+B = TRACE / NORM2
+
+
+def close(actual, expected, atol=1e-12):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+# Cosine
+
+
+@pytest.mark.parametrize("m", range(1, 8))
+def test_the_cosine_of_expectations_is_exact_over_all_subsets(m):
+    subsets = list(itertools.combinations(range(7), m))
+    estimates = np.array([ROWS[list(s)].mean(axis=0) for s in subsets])
+    inner = np.mean(estimates @ MEAN)
+    exact = inner / np.sqrt(np.mean(np.sum(estimates**2, axis=1)) * NORM2)
+    close(expected_cosine(ALL, m), exact)
+    close(expected_cosine(ALL, m), 1 / np.sqrt(1 + (7 - m) / 6 * B / m))
+
+
+def test_the_expectation_of_the_cosine_is_another_number():
+    cosines = [ROWS[i] @ MEAN / np.linalg.norm(ROWS[i]) / np.linalg.norm(MEAN) for i in range(7)]
+    assert abs(np.mean(cosines) - float(expected_cosine(ALL, 1))) > 0.01
+
+
+@pytest.mark.parametrize("scheme", ["with_replacement", "poisson", "importance"])
+def test_the_cosine_follows_from_the_error_in_every_scheme(scheme):
+    error = expected_squared_error(ALL, 3, scheme)
+    close(expected_cosine(ALL, 3, scheme), np.sqrt(NORM2 / (NORM2 + error)))
+
+
+def test_the_cosine_of_a_stratified_estimate_takes_the_mean_of_all_strata():
+    labels = np.array([0, 1, 0, 1, 0, 1, 1])
+    strata = moments_of(ROWS, strata=labels)
+    error = expected_squared_error(strata, (2, 2), "stratified")
+    close(expected_cosine(strata, (2, 2), "stratified"), np.sqrt(NORM2 / (NORM2 + error)))
+
+
+# Statistics with a name
+
+
+def test_diversity_is_one_plus_b_over_n():
+    close(7 * gradient_diversity(ALL), 1 + B)
+    close(gradient_diversity(ALL), np.sum(ROWS**2) / np.sum(ROWS.sum(axis=0) ** 2))
+
+
+@pytest.mark.parametrize("m", [1, 5, 100])
+def test_the_norm_test_splits_into_inner_product_and_orthogonality(m):
+    close(norm_test(ALL, m), B / m)
+    close(inner_product_test(ALL, m) + orthogonality_test(ALL, m), B / m)
+    along = (ROWS @ MEAN) / NORM2
+    across = ROWS - np.outer(along, MEAN)
+    close(inner_product_test(ALL, m), np.var(ROWS @ MEAN) / (m * NORM2**2))
+    close(orthogonality_test(ALL, m), np.mean(np.sum(across**2, axis=1)) / (m * NORM2))
+
+
+def test_at_its_batch_size_the_norm_test_holds_with_equality():
+    close(norm_test_batch_size(ALL, 0.5), B / 0.25)
+
+
+@pytest.mark.parametrize("scale", [1, 4, 32.5])
+def test_adascale_gain_is_that_of_the_noise_scale(scale):
+    close(adascale_gain(ALL, 5, scale), (1 + B / 5) / (1 + B / (5 * scale)))
+    assert 1 <= adascale_gain(ALL, 5, scale) <= scale
+
+
+def test_adascale_gain_without_signal_is_the_scale():
+    opposed = moments_of(np.array([[1.0, 0.0], [-1.0, 0.0]]))
+    assert adascale_gain(opposed, 5, 8) == 8
+
+
+def test_gsnr_is_the_squared_mean_over_the_variance_of_each_coordinate():
+    close(gradient_signal_to_noise(ALL), MEAN**2 / VARIANCE)
+
+
+def test_cabs_is_learning_rate_times_trace_over_cost():
+    x = jnp.array([1.0, 3.0])  # costs ½, 4½; gradients −1, −3: mean cost 2½, trace 1
+    moments = gradient_moments(lambda w, x: (w - x) ** 2 / 2, jnp.array(0.0), x)
+    close(cabs_batch_size(moments, 0.5), 0.5 * 1 / 2.5)
+
+
+# Noise scale
+
+
+@pytest.mark.parametrize("n", [3, 4, 6])
+def test_the_parts_are_unbiased_over_all_samples_from_a_finite_population(n):
+    scales = [
+        noise_scale(moments_of(ROWS[list(s)]), population=7)
+        for s in itertools.combinations(range(7), n)
+    ]
+    close(np.mean([s.parts.trace for s in scales]), TRACE)
+    close(np.mean([s.parts.squared_norm for s in scales]), NORM2)
+
+
+def test_the_parts_are_unbiased_over_all_samples_from_an_endless_population():
+    rows = ROWS[:4]
+    mean, trace, *_ = reference.moments(rows)
+    scales = [noise_scale(moments_of(rows[list(s)])) for s in itertools.product(range(4), repeat=3)]
+    close(np.mean([s.parts.trace for s in scales]), trace)
+    close(np.mean([s.parts.squared_norm for s in scales]), mean @ mean)
+
+
+def test_of_a_whole_population_the_noise_scale_is_known():
+    scale = noise_scale(ALL, population=7)
+    close(scale.value, B)
+    close((scale.low, scale.high), (B, B), atol=1e-7)  # a square root of rounding
+    assert not scale.undetermined
+
+
+def test_the_parts_of_the_leaves_add_up_and_are_those_of_the_leaf_alone():
+    fun = lambda p, x: jnp.dot(p["a"], x[:1]) + jnp.dot(p["b"], x[1:])  # noqa: E731
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(2)}
+    scale = noise_scale(gradient_moments(fun, params, jnp.array(ROWS)))
+    alone = noise_scale(moments_of(ROWS[:, 1:]))
+    close(scale.per_leaf["b"].ratio(), alone.value)
+    close(scale.per_leaf["a"].trace + scale.per_leaf["b"].trace, scale.parts.trace)
+    close(scale.per_leaf["a"].squared_norm + alone.parts.squared_norm, scale.parts.squared_norm)
+
+
+def leave_one_out_covariance(rows):
+    """Jackknife covariance of s² and ‖Ĝ‖² − s²/n, by leaving out each row in turn."""
+    n = len(rows)
+    parts = []
+    for i in range(n):
+        mean, trace, *_ = reference.moments(np.delete(rows, i, axis=0))
+        s2 = trace * (n - 1) / (n - 2)
+        parts.append((s2, mean @ mean - s2 / (n - 1)))
+    parts = np.array(parts)
+    return (n - 1) * np.cov(parts.T, bias=True)
+
+
+def test_the_jackknife_is_that_of_leaving_each_example_out():
+    var_s, cov, var_u = noise_scale_module._jackknife(
+        ALL.squared_norms, ALL.alignments, ALL.squared_norm, None
+    )
+    close([[var_s, cov], [cov, var_u]], leave_one_out_covariance(ROWS))
+
+
+def test_the_interval_is_fieller_s():
+    """Its ends are where (S − B U)² = z² Var(S − B U), with the textbook's z."""
+    rows = np.random.default_rng(1).normal(size=(40, 3)) + 1
+    scale = noise_scale(moments_of(rows, keep_norms=True, keep_alignments=True))
+    covariance = leave_one_out_covariance(rows)
+    S, U = scale.parts
+    for end in (scale.low, scale.high):
+        contrast = np.array([1.0, -float(end)])
+        spread = contrast @ covariance @ contrast
+        close((S - end * U) ** 2 / spread, 1.959963984540054**2, atol=1e-8)
+    assert scale.low < scale.value < scale.high
+
+
+@functools.cache
+def draw(kind, mean, n=200, p=20, repeats=1000):
+    """Returns moments of ``repeats`` independent data sets, and the true noise scale."""
+    key = jax.random.key(0)
+    noise = {"normal": jax.random.normal, "laplace": jax.random.laplace}[kind](key, (repeats, n, p))
+    variance = {"normal": 1.0, "laplace": 2.0}[kind]
+    measure = jax.jit(jax.vmap(lambda x: moments_of(x, keep_norms=True, keep_alignments=True)))
+    return measure(mean + noise), variance / mean**2 if mean else np.inf
+
+
+def assert_covers(low, high, truth, confidence):
+    """Asserts that the share of intervals that hold the truth is the confidence, ± 2.5 %."""
+    share = np.mean((low <= truth) & (truth <= high))
+    assert abs(share - confidence) < 0.025, f"coverage is {share:.3f}"
+
+
+@pytest.mark.parametrize("kind", ["normal", "laplace"])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_intervals_cover_the_truth_as_often_as_they_say(kind, confidence):
+    moments, truth = draw(kind, mean=0.5)
+    scales = jax.vmap(lambda m: noise_scale(m, confidence=confidence))(moments)
+    assert_covers(scales.low, scales.high, truth, confidence)
+    middle = scales.value
+    for factor in (2 / 3, 3 / 2):
+        low, high = (middle + factor * (end - middle) for end in (scales.low, scales.high))
+        with pytest.raises(AssertionError, match="coverage"):
+            assert_covers(low, high, truth, confidence)
+
+
+def test_without_a_signal_the_noise_scale_is_undetermined():
+    moments, _ = draw("normal", mean=0.0)
+    scales = jax.vmap(noise_scale)(moments)
+    assert np.mean(scales.undetermined) > 0.95
+    undetermined = np.asarray(scales.undetermined)
+    assert np.all(np.isnan(scales.value[undetermined]))
+    assert np.all(np.isinf(scales.high[undetermined]))
+    assert np.all(scales.low[undetermined] > 0)  # the data still say that B is large
+    norms = scales.parts.squared_norm
+    assert np.mean(norms < 0) > 0.3  # not clamped
+    assert abs(np.mean(norms)) < 4 * np.std(norms) / np.sqrt(len(norms))
+
+
+def test_with_a_signal_it_is_determined():
+    moments, _ = draw("normal", mean=0.5)
+    assert not np.any(jax.vmap(noise_scale)(moments).undetermined)
+
+
+def test_without_examples_kept_there_is_no_interval():
+    scale = noise_scale(moments_of(ROWS))
+    assert np.isnan(scale.low)
+    assert np.isnan(scale.high)
+    close(scale.value, scale.parts.trace / scale.parts.squared_norm)
+    opposed = noise_scale(moments_of(np.array([[1.0], [-1.0]])))
+    assert opposed.undetermined
+    assert np.isnan(opposed.value)
+
+
+# Two batch sizes
+
+
+def mean_squared_norm_over_subsets(m):
+    subsets = itertools.combinations(range(7), m)
+    return np.mean([np.sum(ROWS[list(s)].mean(axis=0) ** 2) for s in subsets])
+
+
+@pytest.mark.parametrize(("small", "big"), [(1, 2), (2, 5), (3, 7)])
+def test_two_batch_sizes_give_trace_and_norm_over_all_subsets(small, big):
+    norms = mean_squared_norm_over_subsets(small), mean_squared_norm_over_subsets(big)
+    parts = two_batch_noise_parts(*norms, small, big, population=7)
+    close(parts.trace, TRACE)
+    close(parts.squared_norm, NORM2)
+    uncorrected = two_batch_noise_parts(*norms, small, big)
+    close(uncorrected.trace, TRACE * 7 / 6)
+    close(uncorrected.squared_norm, NORM2 - TRACE / 6)
+
+
+def test_two_batch_sizes_with_replacement_need_no_correction():
+    small, big = [TRACE / m + NORM2 for m in (2, 6)]
+    parts = two_batch_noise_parts(small, big, 2, 6)
+    close(parts.trace, TRACE)
+    close(parts.squared_norm, NORM2)
+
+
+def test_a_negative_squared_norm_is_undetermined_not_clamped():
+    parts = two_batch_noise_parts(5.0, 1.0, 1, 2)
+    assert float(parts.squared_norm) == -3.0
+    assert np.isnan(parts.ratio())
+
+
+# Curvature
+
+
+def network_problem():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (9, 3), jnp.float64)
+    y = jax.random.uniform(keys[1], (9, 2), jnp.float64)
+    fun = lambda w, e: sj.logit_cross_entropy_cost(sj.weighted_input(w, e[0]), e[1])  # noqa: E731
+    return fun, sj.init_network(keys[2], (3, 2, 2), dtype=jnp.float64), (x, y)
+
+
+def dense_curvature():
+    """tr(HΣ) and GᵀHG from the whole Hessian and all gradients."""
+    fun, network, examples = network_problem()
+    vector, unravel = jax.flatten_util.ravel_pytree(network)
+    mean_cost = sj.mean_cost(lambda v, e: fun(unravel(v), e))
+    H = np.asarray(jax.hessian(mean_cost)(vector, examples))
+    one = lambda v, e: fun(unravel(v), e)  # noqa: E731
+    g = np.asarray(jax.vmap(jax.grad(one), (None, 0))(vector, examples))
+    mean = g.mean(axis=0)
+    covariance = (g - mean).T @ (g - mean) / len(g)
+    return np.trace(H @ covariance), mean @ H @ mean
+
+
+def test_the_exact_curvature_noise_is_that_of_the_dense_hessian():
+    found = curvature_noise_scale(*network_problem(), chunk_size=4)
+    noise, curvature = dense_curvature()
+    close(found.noise, noise)
+    close(found.curvature, curvature)
+    assert found.standard_error == 0
+    assert curvature <= 0 or np.isclose(found.value, noise / curvature, rtol=1e-10)
+
+
+def assert_mean_is(found, noise):
+    error = float(found.standard_error * found.curvature)
+    assert abs(found.noise - noise) < 3 * error
+    assert error < 0.1 * abs(noise)
+
+
+def test_random_probes_agree_with_it_within_their_standard_error():
+    noise, _ = dense_curvature()
+    options = {"key": jax.random.key(0), "num_probes": 400}
+    found = curvature_noise_scale(*network_problem(), **options)
+    assert_mean_is(found, noise)
+    for factor in (2 / 3, 3 / 2):
+        with pytest.raises(AssertionError):
+            assert_mean_is(found, factor * noise)
+
+
+# Gaussian linear regression: x ~ N(0, I), y = ⟨w*, x⟩ + noise; g = x (⟨x, w − w*⟩ − noise)
+
+
+def gaussian_regression(n=200_000, d=5, sigma=0.7):
+    keys = jax.random.split(jax.random.key(3), 2)
+    x, noise = jax.random.normal(keys[0], (n, d)), sigma * jax.random.normal(keys[1], (n,))
+    away = jnp.linspace(0.2, 1.0, d)  # w − w*
+    fun = lambda w, e: (jnp.dot(w, e[0]) - e[1]) ** 2 / 2  # noqa: E731
+    moments = gradient_moments(fun, away, (x, noise), keep_norms=True, keep_alignments=True)
+    squared = float(away @ away)
+    return moments, (fun, away, (x, noise)), (d + 1) * squared + sigma**2 * d, squared
+
+
+def assert_within(actual, expected, standard_error):
+    assert abs(actual - expected) < 4 * standard_error
+    assert standard_error < 0.02 * expected
+
+
+def test_gaussian_linear_regression_has_its_closed_form():
+    moments, _, trace, squared_norm = gaussian_regression()
+    scale = noise_scale(moments)
+    var_trace, _, var_norm = noise_scale_module._jackknife(
+        moments.squared_norms, moments.alignments, moments.squared_norm, None
+    )
+    for actual, expected, variance in (
+        (scale.parts.trace, trace, var_trace),
+        (scale.parts.squared_norm, squared_norm, var_norm),
+    ):
+        assert_within(actual, expected, np.sqrt(variance))
+        for factor in (2 / 3, 3 / 2):
+            with pytest.raises(AssertionError):
+                assert_within(actual, factor * expected, np.sqrt(variance))
+    assert scale.low < trace / squared_norm < scale.high
+
+
+def test_with_the_unit_hessian_of_gaussian_regression_both_noise_scales_agree():
+    moments, problem, *_ = gaussian_regression(n=20_000)
+    simple = noise_scale(moments).value
+    found = curvature_noise_scale(*problem, key=jax.random.key(0), num_probes=50)
+    assert abs(found.value - simple) < 4 * found.standard_error + 0.05 * simple
+
+
+# Subsets
+
+
+def test_subset_errors_are_those_of_the_gradients_written_down():
+    gram = per_example_grad(dot)(W, jnp.array(ROWS)).gram()
+    generator = np.random.default_rng(0)
+    indices = generator.integers(-1, 7, size=(2, 5, 4))
+    weights = generator.normal(size=(2, 5, 4))
+    errors = subset_errors(gram, sampling.Sample(jnp.array(indices), jnp.array(weights)))
+    assert errors.squared_error.shape == (2, 5)
+    for k in np.ndindex(2, 5):
+        estimate = reference.estimate(ROWS, indices[k], weights[k])
+        close(errors.squared_error[k], np.sum((estimate - MEAN) ** 2), atol=1e-11)
+        cosine = estimate @ MEAN / np.linalg.norm(estimate) / np.linalg.norm(MEAN)
+        close(errors.cosine[k], cosine, atol=1e-11)
+
+
+@pytest.mark.parametrize("m", range(1, 8))
+def test_the_mean_of_the_errors_of_all_subsets_is_the_law(m):
+    gram = per_example_grad(dot)(W, jnp.array(ROWS)).gram()
+    indices = jnp.array(list(itertools.combinations(range(7), m)))
+    errors = subset_errors(gram, sampling.Sample(indices, jnp.full(indices.shape, 1 / m)))
+    close(np.mean(errors.squared_error), expected_squared_error(ALL, m))
+
+
+def test_thousands_of_drawn_subsets_agree_with_the_law():
+    rows = np.random.default_rng(2).normal(size=(300, 50)) + 0.3
+    moments = moments_of(rows)
+    keys = jax.random.split(jax.random.key(0), 3000)
+    samples = jax.vmap(lambda key: sampling.without_replacement(key, 300, 20))(keys)
+    errors = subset_errors(jnp.array(rows @ rows.T), samples)
+    law = float(expected_squared_error(moments, 20))
+    standard_error = float(jnp.std(errors.squared_error)) / np.sqrt(3000)
+    assert_within(np.mean(errors.squared_error), law, standard_error)
+    for factor in (2 / 3, 3 / 2):
+        with pytest.raises(AssertionError):
+            assert_within(np.mean(errors.squared_error), factor * law, standard_error)
+    formula = float(expected_cosine(moments, 20))
+    assert abs(np.mean(errors.cosine) / formula - 1) < 0.05
+
+
+# Bad input
+
+STRATA = moments_of(ROWS, strata=np.array([0, 1, 0, 1, 0, 1, 1]))
+ZERO_P = np.array([0, 0, 1, 1, 1, 1, 1]) / 5
+ONE = moments_of(ROWS[:1])
+BAD = [
+    (lambda: expected_squared_error(ALL, 2, "bootstrap"), ValueError, "scheme must be one of"),
+    (lambda: expected_squared_error(ALL, 8), ValueError, "batch_size must be at most n, got 8 > 7"),
+    (lambda: expected_squared_error(ALL, 8, "poisson"), ValueError, "at most n, got 8 > 7"),
+    (lambda: expected_squared_error(ALL, 0), ValueError, "batch_size must be at least 1"),
+    (lambda: expected_squared_error(ALL, 2.0), TypeError, "batch_size must be a whole number"),
+    (lambda: expected_squared_error(STRATA, 2), ValueError, "moments of one set"),
+    (
+        lambda: expected_squared_error(ALL, (1, 2), "stratified"),
+        ValueError,
+        "needs moments of strata",
+    ),
+    (lambda: expected_squared_error(STRATA, 2, "stratified"), ValueError, "of the 2 strata"),
+    (lambda: expected_squared_error(STRATA, (1,), "stratified"), ValueError, "of the 2 strata"),
+    (
+        lambda: expected_squared_error(STRATA, (1, 0), "stratified"),
+        ValueError,
+        r"batch_size\[1\] must be at least 1",
+    ),
+    (
+        lambda: expected_squared_error(STRATA, (4, 1), "stratified"),
+        ValueError,
+        r"batch_size\[0\] is 4, but stratum 0 holds 3",
+    ),
+    (
+        lambda: expected_squared_error(ALL, 2, "importance", probabilities=ZERO_P),
+        ValueError,
+        r"probabilities\[0\] is 0 but the gradient .* \(2 such examples\)",
+    ),
+    (
+        lambda: expected_squared_error(ALL, 2, "importance", probabilities=np.ones(7) / 8),
+        ValueError,
+        "must sum to 1",
+    ),
+    (
+        lambda: expected_squared_error(ALL, 2, "importance", probabilities=np.ones(6) / 6),
+        ValueError,
+        r"must have shape \(7,\)",
+    ),
+    (
+        lambda: expected_squared_error(moments_of(ROWS), 2, "importance", probabilities=ZERO_P),
+        ValueError,
+        "keep_norms=True",
+    ),
+    (lambda: expected_squared_error(ALL, 2, probabilities=ZERO_P), ValueError, "belong to scheme"),
+    (lambda: expected_squared_error(ALL, 2, max_size=3), ValueError, "max_size belongs to"),
+    (
+        lambda: expected_squared_error(ALL, 2, "poisson", max_size=8),
+        ValueError,
+        "max_size = 8 > n = 7",
+    ),
+    (lambda: inner_product_test(moments_of(ROWS), 2), ValueError, "keep_alignments=True"),
+    (lambda: gradient_signal_to_noise(moments_of(ROWS)), ValueError, "per_coordinate=True"),
+    (lambda: norm_test(ALL, 0), ValueError, "batch_size must be at least 1"),
+    (lambda: norm_test_batch_size(ALL, 0.0), ValueError, "theta must be"),
+    (lambda: cabs_batch_size(ALL, -1.0), ValueError, "learning_rate must be"),
+    (lambda: adascale_gain(ALL, 5, 0.5), ValueError, "scale must be"),
+    (lambda: noise_scale(ONE), ValueError, "at least 2 examples, got n = 1"),
+    (lambda: noise_scale(STRATA), ValueError, "of strata take moments.pooled"),
+    (lambda: noise_scale(ALL, confidence=1.0), ValueError, "confidence must be"),
+    (lambda: noise_scale(ALL, population=6), ValueError, "population must be at least n"),
+    (lambda: two_batch_noise_parts(1.0, 1.0, 2, 2), ValueError, "must exceed small_batch_size"),
+    (
+        lambda: two_batch_noise_parts(1.0, 1.0, 2, 5, population=4),
+        ValueError,
+        "at least big_batch_size",
+    ),
+    (
+        lambda: curvature_noise_scale(dot, W, ROWS, num_probes=5),
+        ValueError,
+        "key and num_probes together",
+    ),
+    (
+        lambda: curvature_noise_scale(dot, W, ROWS, key=jax.random.key(0), num_probes=1),
+        ValueError,
+        "num_probes must be at least 2",
+    ),
+    (
+        lambda: subset_errors(jnp.ones((2, 3)), sampling.plain_mean(jnp.array([0]))),
+        ValueError,
+        r"gram must be \(n, n\)",
+    ),
+    (
+        lambda: subset_errors(jnp.ones((2, 2)), sampling.Sample(jnp.zeros(2, int), jnp.ones(3))),
+        ValueError,
+        "of one shape",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), BAD)
+def test_bad_input_is_refused_by_name(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_a_probability_of_zero_is_allowed_where_the_gradient_is_zero():
+    rows = ROWS.copy()
+    rows[0] = 0
+    moments = moments_of(rows, keep_norms=True)
+    p = np.array([0, 1, 1, 1, 1, 1, 1]) / 6
+    assert np.isfinite(expected_squared_error(moments, 2, "importance", probabilities=p))
+
+
+def test_a_ratio_of_parts_is_nan_at_zero():
+    assert np.isnan(NoiseParts(jnp.array(1.0), jnp.array(0.0)).ratio())
+
+
+def test_estimates_run_under_jit():
+    inside = jax.jit(
+        lambda m: (expected_squared_error(m, 3), expected_cosine(m, 3), noise_scale(m))
+    )
+    outside = expected_squared_error(ALL, 3), expected_cosine(ALL, 3), noise_scale(ALL)
+    jax.tree.map(close, inside(ALL), outside)

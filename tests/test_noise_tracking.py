@@ -1,0 +1,217 @@
+"""The claims of sgd_jax.noise_tracking: unbiased, a ratio of means, in anyone's optax loop."""
+
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+from sgd_jax.noise_scale import NoiseParts
+from sgd_jax.noise_tracking import (
+    noise_of_examples,
+    noise_of_parts,
+    noise_of_shards,
+    track_noise_scale,
+)
+from sgd_jax.per_example import per_example_grad
+
+ROWS = np.random.default_rng(0).normal(size=(4, 3)) + 0.5
+MEAN, TRACE, *_ = reference.moments(ROWS)
+W = jnp.zeros(3)
+
+
+def dot(w, x):
+    """A cost whose gradient at any w is the example itself."""
+    return jnp.dot(w, x)
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
+
+
+def run(steps, decay=None):
+    """Returns the state after steps given as pairs (trace, squared norm)."""
+    tracker = track_noise_scale(decay)
+    state = tracker.init(W)
+    for trace, squared_norm in steps:
+        noise = NoiseParts(jnp.array(trace), jnp.array(squared_norm))
+        updates, state = tracker.update(W + 1, state, W, noise=noise)
+        close(updates, W + 1)
+    return state
+
+
+STEPS = [(2.0, -1.0), (6.0, 3.0), (1.0, 0.5)]
+
+
+def test_the_noise_scale_is_the_ratio_of_means_not_the_mean_of_ratios():
+    close(run(STEPS).mean().ratio(), 9 / 2.5)
+    assert not np.isclose(9 / 2.5, np.mean([t / s for t, s in STEPS]))
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99])
+def test_an_exponential_average_weighs_old_steps_less_and_is_unbiased_from_the_first(decay):
+    for length in (1, 2, 3):
+        weights = decay ** np.arange(length)[::-1]
+        expected = np.average(STEPS[:length], axis=0, weights=weights)
+        close(run(STEPS[:length], decay).mean(), expected)
+
+
+def test_before_the_first_step_the_means_are_nan():
+    assert np.all(np.isnan(run([]).mean()))
+
+
+def test_a_negative_mean_norm_is_undetermined():
+    assert np.isnan(run([(2.0, -1.0)]).mean().ratio())
+
+
+@pytest.mark.parametrize("m", [2, 3])
+def test_noise_of_examples_is_unbiased_over_all_draws(m):
+    measure = jax.jit(lambda x: noise_of_examples(per_example_grad(dot)(W, x)))
+    parts = [measure(jnp.array(ROWS[list(s)])) for s in itertools.product(range(4), repeat=m)]
+    close(np.mean([p.trace for p in parts]), TRACE)
+    close(np.mean([p.squared_norm for p in parts]), MEAN @ MEAN)
+
+
+@pytest.mark.parametrize(("count", "size"), [(2, 1), (2, 2), (3, 1)])
+def test_noise_of_parts_is_unbiased_over_all_draws(count, size):
+    measure = jax.jit(noise_of_parts, static_argnums=1)
+    found = []
+    for s in itertools.product(range(4), repeat=count * size):
+        gradients = ROWS[list(s)].reshape(count, size, 3).mean(axis=1)
+        mean, parts = measure(jnp.array(gradients), size)
+        close(mean, ROWS[list(s)].mean(axis=0))
+        found.append(parts)
+    close(np.mean([p.trace for p in found]), TRACE)
+    close(np.mean([p.squared_norm for p in found]), MEAN @ MEAN)
+
+
+def test_parts_of_one_example_and_the_examples_themselves_say_the_same():
+    of_examples = noise_of_examples(per_example_grad(dot)(W, jnp.array(ROWS)))
+    close(noise_of_parts(jnp.array(ROWS), 1)[1], of_examples)
+
+
+def test_a_named_axis_says_the_same_as_parts():
+    both = jax.vmap(lambda g: noise_of_shards(g, "data", 5), axis_name="data")(jnp.array(ROWS))
+    mean, parts = noise_of_parts(jnp.array(ROWS), 5)
+    close(both[0][0], mean)
+    close([p[0] for p in both[1]], parts)
+
+
+def test_an_optax_loop_tracks_it_without_tracing_again():
+    generator = np.random.default_rng(1)
+    optimizer = optax.chain(track_noise_scale(), optax.adam(0.01))
+    traces = []
+
+    @jax.jit
+    def step(w, state, x):
+        traces.append(1)
+        grads = per_example_grad(lambda w, x: jnp.sum((w - x) ** 2) / 2)(w, x)
+        noise = noise_of_examples(grads)
+        updates, state = optimizer.update(grads.mean(), state, w, noise=noise)
+        return optax.apply_updates(w, updates), state
+
+    w = jnp.full(3, 2.0, jnp.float64)
+    state = optimizer.init(w)
+    for _ in range(200):
+        w, state = step(w, state, jnp.array(generator.normal(size=(10, 3))))
+    assert len(traces) == 1
+    parts = state[0].mean()  # tr Σ = 3; its standard error is 3·√(2/(3·9·200)) = 0.06
+    assert abs(parts.trace - 3) < 0.24
+    assert parts.ratio() > 0
+
+
+PROGRAM = """
+import functools, jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import AxisType, PartitionSpec as P
+from sgd_jax.moments import gradient_moments, merge_across
+from sgd_jax.noise_tracking import noise_of_parts, noise_of_shards, track_noise_scale
+
+jax.config.update("jax_enable_x64", True)
+assert jax.device_count() == 4
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+fun = lambda w, x: jnp.sum((w - x) ** 2) / 2
+x = jnp.array(np.random.default_rng(0).normal(size=(20, 3)))
+w = jnp.ones(3)
+optimizer = optax.chain(track_noise_scale(0.9), optax.sgd(0.1))
+sharded = functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("data")))
+
+@jax.jit
+@functools.partial(sharded, out_specs=P())
+def step(w, state, x):
+    mine = jax.lax.pcast(w, "data", to="varying")
+    local = jax.grad(lambda w: jnp.mean(jax.vmap(fun, (None, 0))(w, x)))(mine)
+    gradient, noise = noise_of_shards(local, "data", shard_size=x.shape[0])
+    updates, state = optimizer.update(gradient, state, w, noise=noise)
+    return optax.apply_updates(w, updates), state
+
+new_w, state = step(w, optimizer.init(w), x)
+parts = jnp.mean((w - x).reshape(4, 5, 3), axis=1)
+gradient, noise = noise_of_parts(parts, 5)
+np.testing.assert_allclose(new_w, w - 0.1 * gradient, atol=1e-12)
+np.testing.assert_allclose(state[0].mean(), noise, atol=1e-12)
+
+@jax.jit
+@functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+def moments(w, x):
+    return merge_across(gradient_moments(fun, w, x, chunk_size=2, per_coordinate=True), "data")
+
+jax.tree.map(
+    functools.partial(np.testing.assert_allclose, atol=1e-12),
+    moments(w, x),
+    gradient_moments(fun, w, x, per_coordinate=True),
+)
+print("four devices agree with one")
+"""
+
+
+def test_four_devices_under_shard_map_agree_with_one():
+    environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    environment["JAX_PLATFORMS"] = "cpu"
+    root = pathlib.Path(__file__).parent.parent
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM)],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == "four devices agree with one"
+
+
+TRACKER = track_noise_scale()
+GRADS = per_example_grad(dot)(W, jnp.array(ROWS[:1]))
+BAD = [
+    (lambda: track_noise_scale(1.0), ValueError, "decay must be"),
+    (lambda: track_noise_scale("0.9"), TypeError, "decay must be one number"),
+    (lambda: TRACKER.update(W, TRACKER.init(W), W), ValueError, "noise=noise_of_examples"),
+    (
+        lambda: TRACKER.update(W, TRACKER.init(W), W, noise=(1.0, 2.0)),
+        TypeError,
+        "noise must be NoiseParts, got tuple",
+    ),
+    (lambda: noise_of_examples(GRADS), ValueError, "at least 2"),
+    (lambda: noise_of_parts(jnp.array(ROWS[:1]), 5), ValueError, "at least 2"),
+    (lambda: noise_of_parts(jnp.array(ROWS), 0), ValueError, "must be at least 1"),
+    (
+        lambda: jax.vmap(lambda g: noise_of_shards(g, "data", 5), axis_name="data")(ROWS[:1]),
+        ValueError,
+        "has one device",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), BAD)
+def test_bad_input_is_refused_by_name(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
