@@ -57,19 +57,13 @@ def make_programs(
     weight decay, and `dead_classes_test`, the number of classes in the test set of whose examples
     fewer than one in ten are right: the mark of an output neuron that died, or has yet to wake.
     """
-    fun, output = _example_functions(cost, dataset.num_classes, dataset.scale, dtype)
+    fun, output = example_functions(cost, dataset.num_classes, dataset.scale, dtype)
     epoch = sj.make_epoch(fun, optimizer)
     n = len(dataset.train.labels)
     data = {
-        name: _to_device(getattr(dataset, name), dtype) for name in ("train", "validation", "test")
+        name: to_device(getattr(dataset, name), dtype) for name in ("train", "validation", "test")
     }
-    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(
-        jnp.arange(seeds.start, seeds.stop, dtype=jnp.uint32)
-    )
-
-    @jax.vmap
-    def init_one(keys: Array) -> sj.TrainState:
-        return sj.init_state(sj.init_network(keys[0], sizes, init, dtype), optimizer)
+    keys, init_all = make_init(optimizer, sizes=sizes, init=init, seeds=seeds, dtype=dtype)
 
     def train(
         state: sj.TrainState, keys: Array, number: Array, examples: Examples
@@ -98,8 +92,8 @@ def make_programs(
         norm = jax.vmap(tree_norm)(totals["train"].gradient)
         return totals | {"train": totals["train"]._replace(gradient=norm)}
 
-    init_fn = jax.jit(init_one).lower(keys).compile()
-    state = jax.eval_shape(init_one, keys)
+    init_fn = jax.jit(init_all).lower(keys).compile()
+    state = jax.eval_shape(init_all, keys)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     train_fn = jax.jit(train, donate_argnums=0).lower(state, keys, number, data["train"]).compile()
     measure_fn = jax.jit(norms).lower(state.params, data).compile()
@@ -114,7 +108,30 @@ def make_programs(
     )
 
 
-def _example_functions(
+def make_init(
+    optimizer: optax.GradientTransformation,
+    *,
+    sizes: tuple[int, ...],
+    init: InitScheme,
+    seeds: range,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[Array, Callable[[Array], sj.TrainState]]:
+    """Returns the keys of all seeds, two of each, and the function from them to the first states.
+
+    The first key of a seed is for the network, the second for the order of its examples.
+    """
+    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(
+        jnp.arange(seeds.start, seeds.stop, dtype=jnp.uint32)
+    )
+
+    @jax.vmap
+    def init_all(keys: Array) -> sj.TrainState:
+        return sj.init_state(sj.init_network(keys[0], sizes, init, dtype), optimizer)
+
+    return keys, init_all
+
+
+def example_functions(
     cost: Cost, num_classes: int, scale: float, dtype: jax.typing.DTypeLike
 ) -> tuple[CostFn, Callable[[Params, Array], Array]]:
     """Returns the cost of one example, and the output for one input as it is stored."""
@@ -192,7 +209,8 @@ def _sum_over_chunks(
     return jax.lax.scan(body, zeros, jnp.arange(-(-n // size), dtype=jnp.int32))[0]
 
 
-def _to_device(examples: Examples, dtype: jax.typing.DTypeLike) -> Any:
+def to_device(examples: Examples, dtype: jax.typing.DTypeLike) -> Any:
+    """Puts examples on the device, pixels as the bytes they came as."""
     inputs = examples.inputs
     if inputs.dtype != np.uint8:
         inputs = inputs.astype(dtype)

@@ -1,8 +1,9 @@
-"""What a training program shows: a table that grows by a line an epoch, and a progress bar."""
+"""What a program shows: a table that grows by a line at a time, and a progress bar."""
 
 import sys
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,18 +11,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sgd_jax import runs
 
 
-class TrainingDisplay:
-    """The table and, on a terminal, a progress bar below it; a context manager.
+class TableDisplay:
+    """A table and, on a terminal, a progress bar below it; a context manager.
 
     Args:
-      num_epochs: How many epochs the run has when it ends.
+      labels: Headings of the columns.
+      total: Of what the bar counts, all.
+      unit: What the bar counts.
       console: Where to; stdout unless given.
     """
 
-    def __init__(self, num_epochs: int, console: Console | None = None):
+    def __init__(
+        self, labels: Sequence[str], total: int, unit: str, console: Console | None = None
+    ):
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._progress = Progress(
-            TextColumn("epoch"),
+            TextColumn(unit),
             MofNCompleteColumn(),
             BarColumn(),
             TimeRemainingColumn(),
@@ -29,13 +34,12 @@ class TrainingDisplay:
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=num_epochs)
-        labels = runs.column_labels()
+        self._task = self._progress.add_task("", total=total)
         self._widths = [max(len(label), 8) for label in labels]
         self._head = self._line(labels)
         self._started = False
 
-    def __enter__(self) -> "TrainingDisplay":
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -51,13 +55,29 @@ class TrainingDisplay:
         """Shows a line of text."""
         self._console.print(text, markup=False, soft_wrap=True)
 
-    def show(self, record: dict[str, Any]) -> None:
-        """Shows a line of metrics; for several seeds their medians."""
+    def add(self, cells: Sequence[str], completed: int) -> None:
+        """Shows a line of the table; ``completed`` of the total are done."""
         if not self._started:
             self._console.print(self._head, style="bold", markup=False, soft_wrap=True)
             self._started = True
-        self.say(self._line(runs.format_record(record)))
-        self._progress.update(self._task, completed=record["epoch"])
+        self.say(self._line(cells))
+        self._progress.update(self._task, completed=completed)
 
-    def _line(self, cells: list[str]) -> str:
+    def _line(self, cells: Sequence[str]) -> str:
         return "  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True))
+
+
+class TrainingDisplay(TableDisplay):
+    """A line of metrics an epoch.
+
+    Args:
+      num_epochs: How many epochs the run has when it ends.
+      console: Where to; stdout unless given.
+    """
+
+    def __init__(self, num_epochs: int, console: Console | None = None):
+        super().__init__(runs.column_labels(), num_epochs, "epoch", console)
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Shows a line of metrics; for several seeds their medians."""
+        self.add(runs.format_record(record), record["epoch"])

@@ -96,10 +96,18 @@ GROUPS: HelpGroups = {
 }
 
 
-def given_settings() -> dict[str, Any]:
-    """Returns the settings that the command line names, parsed, by name."""
-    holders = [holder for group in GROUPS.values() for holder in group]
+def given_settings(groups: HelpGroups = GROUPS) -> dict[str, Any]:
+    """Returns the settings that the command line names, parsed, by name.
+
+    Raises:
+      ValueError: a value that cannot be parsed; a flag that is not in ``groups``, which are those
+        that the program reads.
+    """
+    known = {holder.name for group in groups.values() for holder in group}
+    holders = [holder for group in (*GROUPS.values(), *groups.values()) for holder in group]
     given = {holder.name: holder.value for holder in holders if holder.present}
+    if unread := sorted(given.keys() - known):
+        raise ValueError(f"--{unread[0]} means nothing to this program; leave it out. See --help")
     for name, parse in (("sizes", _parse_sizes), ("batch_size", _parse_batch_size)):
         if name in given:
             given[name] = parse(given[name])

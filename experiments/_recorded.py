@@ -55,12 +55,13 @@ def read_stored(output: Output) -> dict[str, Any] | None:
 
 
 def merge_settings(
-    stored: dict[str, Any], given: dict[str, Any], free: frozenset[str]
+    stored: dict[str, Any], given: dict[str, Any], free: frozenset[str], flag: str = "resume"
 ) -> dict[str, Any]:
     """Returns the settings of a run to go on with: those stored, and those given now.
 
     Raises:
-      ValueError: a setting that is not ``free`` is given and differs; names each, with both values.
+      ValueError: a setting that is not ``free`` is given and differs; names each, with both values,
+        and ``flag``, which asks for that run.
     """
     differing = [
         f"{name} is {stored[name]!r} there and {value!r} now"
@@ -69,7 +70,7 @@ def merge_settings(
     ]
     if differing:
         raise ValueError(
-            f"resume is set, but settings differ from those of the run: {'; '.join(differing)}. "
+            f"{flag} is set, but settings differ from those of the run: {'; '.join(differing)}. "
             "Leave these flags out to go on as before, or start a new run"
         )
     return stored | given
@@ -106,7 +107,7 @@ def open_folder(
     """
     experiment = Path(source).stem
     environment = runs.describe_environment(source)
-    digest = _digest(dataset)
+    digest = digest_of(dataset)
     device = environment["device"]
     num_train, num_validation, num_test = (len(part.labels) for part in dataset[1:4])
     notes = [
@@ -249,7 +250,8 @@ def _validation_accuracy(record: runs.Record) -> float:
     return statistics.median(runs.per_seed(record["accuracy_validation"]))
 
 
-def _digest(dataset: data.Dataset) -> str:
+def digest_of(dataset: data.Dataset) -> str:
+    """Returns what tells one data set from another: the SHA-256 of all its examples, in order."""
     digest = hashlib.sha256()
     for part in (dataset.train, dataset.validation, dataset.test):
         for leaf in part:

@@ -9,11 +9,29 @@ except ImportError as error:
         "Run: pip install 'sgd_jax[experiments]'"
     ) from error
 
-from sgd_jax.runs.checkpoints import Checkpoints, Snapshot
+from sgd_jax.runs.checkpoints import Checkpoints, Snapshot, read_checkpoint
 from sgd_jax.runs.environment import describe_environment
-from sgd_jax.runs.folder import Record, RunFolder, check_name, check_new_name, check_writable
+from sgd_jax.runs.folder import (
+    Record,
+    RunFolder,
+    check_name,
+    check_new_name,
+    check_writable,
+    write_json,
+    write_text,
+)
 from sgd_jax.runs.loggers import LOGGERS, Logger, check_loggers
-from sgd_jax.runs.report import column_labels, draw_learning_curve, format_record, write_report
+from sgd_jax.runs.report import (
+    column_labels,
+    draw_learning_curve,
+    format_record,
+    html_figure,
+    html_pairs,
+    html_table,
+    save_figure,
+    write_page,
+    write_report,
+)
 from sgd_jax.runs.summary import per_seed, summarize
 
 __all__ = [
@@ -31,7 +49,15 @@ __all__ = [
     "describe_environment",
     "draw_learning_curve",
     "format_record",
+    "html_figure",
+    "html_pairs",
+    "html_table",
     "per_seed",
+    "read_checkpoint",
+    "save_figure",
     "summarize",
+    "write_json",
+    "write_page",
     "write_report",
+    "write_text",
 ]

@@ -40,11 +40,9 @@ class Checkpoints:
 
     def __init__(self, path: Path, score: Callable[[Record], float], like: PyTree):
         self._path = path.absolute()
-        self._abstract = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for name, leaf in _named_leaves(like).items()
-        }
-        self._treedef = jax.tree.structure(like)
+        self._like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
+        )
         self._path.mkdir(parents=True, exist_ok=True)
         self.damaged: list[str] = []
         """What could not be read and why, one sentence each."""
@@ -79,30 +77,15 @@ class Checkpoints:
         self._manager.close()
 
     def _restore_latest(self) -> Snapshot | None:
-        epochs = [int(path.name) for path in self._path.iterdir() if path.name.isdecimal()]
         latest = None
-        for epoch in sorted(epochs, reverse=True):  # the best too: the manager reads its record
+        for epoch in _epochs(self._path):  # the best too: the manager reads its record
             try:
-                snapshot = self._restore(epoch)
+                snapshot = _restore(self._path / str(epoch), self._like)
             except (ValueError, OSError) as error:
                 self._set_aside(epoch, error)
             else:
                 latest = latest or snapshot
         return latest
-
-    def _restore(self, epoch: int) -> Snapshot:
-        checkpoint = self._path / str(epoch)
-        if not (checkpoint / _COMMIT_MARKER).is_file():
-            raise ValueError(f"{_COMMIT_MARKER} is missing")
-        handler = ocp.JsonCheckpointHandler(filename=_METRICS)
-        with ocp.Checkpointer(handler) as reader:
-            record = reader.restore(checkpoint / _METRICS)
-        if record["epoch"] != epoch:
-            raise ValueError(f"it holds epoch {record['epoch']}")
-        with ocp.StandardCheckpointer() as reader:
-            leaves = reader.restore(checkpoint / _STATE, self._abstract)
-        state = jax.tree.unflatten(self._treedef, [leaves[name] for name in self._abstract])
-        return Snapshot(epoch, state, record)
 
     def _set_aside(self, epoch: int, error: Exception) -> None:
         number, target = 1, self._path / f"damaged-{epoch}"
@@ -114,6 +97,52 @@ class Checkpoints:
             f"checkpoint {epoch} is incomplete or damaged ({str(error).splitlines()[0]}); "
             f"it is now {target}"
         )
+
+
+def read_checkpoint(path: Path, like: PyTree) -> Snapshot:
+    """Returns the last checkpoint in a folder, which stays as it is.
+
+    Args:
+      path: The folder.
+      like: A state with the structure, shapes and dtypes of those saved; `jax.ShapeDtypeStruct`
+        will do.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: the last one is damaged, or of another structure, shape or dtype.
+    """
+    epochs = _epochs(path) if path.is_dir() else []
+    if not epochs:
+        raise FileNotFoundError(f"{path} holds no checkpoint")
+    checkpoint = (path / str(epochs[0])).absolute()
+    with ocp.StandardCheckpointer() as reader:
+        metadata = reader.metadata(checkpoint / _STATE)
+    saved = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in metadata.items()}
+    wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in _named_leaves(like).items()}
+    if saved != wanted:
+        raise ValueError(f"{checkpoint} holds {saved}; expected {wanted}")
+    return _restore(checkpoint, like)
+
+
+def _epochs(path: Path) -> list[int]:
+    """Returns the epochs that a folder has checkpoints of, last first."""
+    names = (entry.name for entry in path.iterdir())
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def _restore(checkpoint: Path, like: PyTree) -> Snapshot:
+    if not (checkpoint / _COMMIT_MARKER).is_file():
+        raise ValueError(f"{_COMMIT_MARKER} is missing")
+    handler = ocp.JsonCheckpointHandler(filename=_METRICS)
+    with ocp.Checkpointer(handler) as reader:
+        record = reader.restore(checkpoint / _METRICS)
+    if record["epoch"] != int(checkpoint.name):
+        raise ValueError(f"it holds epoch {record['epoch']}")
+    abstract = _named_leaves(like)
+    with ocp.StandardCheckpointer() as reader:
+        leaves = reader.restore(checkpoint / _STATE, abstract)
+    state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in abstract])
+    return Snapshot(record["epoch"], state, record)
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:

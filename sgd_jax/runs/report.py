@@ -1,9 +1,9 @@
-"""The learning curve of a run as a picture, and its report as one file that needs no other."""
+"""The learning curve of a run as a picture, and reports: one file each that needs no other."""
 
 import base64
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,11 @@ def draw_learning_curve(path: Path, records: Sequence[Record], title: str) -> No
     _leave_out_the_start(axes[1], records)
     axes[1].legend(loc="lower right")
     figure.suptitle(title + spread, fontsize=12, parse_math=False)
+    save_figure(path, figure)
 
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes a figure as PNG, replaced atomically; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -101,24 +105,44 @@ def write_report(
     figure: Path,
 ) -> None:
     """Writes the report of a run as one HTML file without scripts or links, replaced atomically."""
-    picture = base64.b64encode(figure.read_bytes()).decode("ascii")
+    sections = {
+        "": html_pairs(summary),
+        "Learning curve": html_figure(figure, "learning curve"),
+        "Epochs": html_table(column_labels(), [format_record(record) for record in records]),
+        "Settings": html_pairs(config),
+    }
+    write_page(path, title, sections)
+
+
+def write_page(path: Path, title: str, sections: Mapping[str, str]) -> None:
+    """Writes one HTML file without scripts or links, replaced atomically.
+
+    Args:
+      path: Of the file.
+      title: Plain text.
+      sections: HTML by heading; the heading "" shows none.
+    """
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
-        _pairs(summary),
-        '<h2>Learning curve</h2><div class="wide">',
-        f'<img alt="learning curve" src="data:image/png;base64,{picture}"></div>',
-        f"<h2>Epochs</h2>{_epochs(records)}",
-        f"<h2>Settings</h2>{_pairs(config)}",
-        "</body></html>\n",
     ]
-    write_text(path, "\n".join(parts))
+    for heading, body in sections.items():
+        parts += ([f"<h2>{html.escape(heading)}</h2>"] if heading else []) + [body]
+    write_text(path, "\n".join([*parts, "</body></html>\n"]))
 
 
-def _pairs(values: dict[str, Any]) -> str:
+def html_figure(figure: Path, description: str) -> str:
+    """Returns a PNG file as HTML that holds it."""
+    picture = base64.b64encode(figure.read_bytes()).decode("ascii")
+    source = f"data:image/png;base64,{picture}"
+    return f'<div class="wide"><img alt="{html.escape(description)}" src="{source}"></div>'
+
+
+def html_pairs(values: Mapping[str, Any]) -> str:
+    """Returns names and values as an HTML table."""
     rows = (
         f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(_show(value))}</td></tr>"
         for name, value in values.items()
@@ -134,15 +158,13 @@ def _show(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _epochs(records: Sequence[Record]) -> str:
-    head = "".join(f"<th>{html.escape(label)}</th>" for _, label, _ in _COLUMNS)
-    rows = "".join(
-        "<tr>"
-        + "".join(f"<td>{html.escape(text)}</td>" for text in format_record(record))
-        + "</tr>"
-        for record in records
+def html_table(labels: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns an HTML table of plain text."""
+    head = "".join(f"<th>{html.escape(label)}</th>" for label in labels)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows
     )
-    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def format_record(record: Record) -> list[str]:
