@@ -34,14 +34,19 @@ def chunks(examples: Examples, chunk_size: int) -> tuple[int, int, Callable[...,
 def vary_like(examples: PyTree, values: PyTree) -> PyTree:
     """Marks values as varying over the mesh axes that examples vary over, inside shard_map.
 
-    A scan needs it of the zeros it starts from.
+    A scan needs it of the zeros it starts from. And the gradient of a value that does not vary is
+    summed over devices: no longer one example's.
     """
-    axes = frozenset().union(
-        *(getattr(jax.typeof(leaf), "vma", ()) for leaf in jax.tree.leaves(examples))
-    )
+    axes = frozenset().union(*(_varying_axes(leaf) for leaf in jax.tree.leaves(examples)))
 
     def vary(value: Array) -> Array:
-        missing = tuple(sorted(axes - frozenset(getattr(jax.typeof(value), "vma", ()))))
-        return jax.lax.pcast(value, missing, to="varying") if missing else value
+        missing = tuple(sorted(axes - _varying_axes(value)))
+        return jax.lax.pcast(value, missing, to="varying") if missing else jnp.asarray(value)
 
     return jax.tree.map(vary, values)
+
+
+def _varying_axes(value: Any) -> frozenset[str]:
+    """The mesh axes over which an array, or the type of one, varies."""
+    kind = value if hasattr(value, "manual_axis_type") else jax.typeof(value)
+    return kind.manual_axis_type.varying if kind.manual_axis_type else frozenset()

@@ -176,6 +176,33 @@ def overlapping_slices(draw):
 
 
 @architecture
+def empty_arrays(draw):
+    """A parameter without entries, a scan of no steps, and the empty slices of a parallel scan."""
+    params = {"none": draw(0, 3), "stack": draw(0, 3, 3), "a": draw(3), "b": draw(3)}
+
+    def fun(p, xs):  # xs: (4, 3)
+        h = lax.scan(lambda h, W: (W @ h, None), xs[0], p["stack"])[0]
+        a = jax.nn.sigmoid(p["a"])[None] * jnp.ones_like(xs)
+        _, hs = lax.associative_scan(
+            lambda one, two: (one[0] * two[0], two[0] * one[1] + two[1]), (a, xs * p["b"][None])
+        )
+        return half_square(h * p["a"]) + half_square(hs) + half_square(p["none"] @ xs[0])
+
+    return fun, params, draw.batch(4, 3)
+
+
+@architecture
+def mixed_dtypes(draw):
+    """Parameters of two precisions in one cost, one of them summed before it is widened."""
+
+    def fun(p, x):
+        low = p["low"]
+        return half_square(p["high"] @ x + low.astype(x.dtype) @ x) + jnp.sum(low) * x[0]
+
+    return fun, {"high": draw(2, 3), "low": draw(2, 3).astype(jnp.float32)}, draw.batch(3)
+
+
+@architecture
 def strided_and_reversed(draw):
     """Parameter-only moves that are no views: every second row, reversed, rolled, tiled."""
 

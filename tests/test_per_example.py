@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import sgd_jax as sj
+from sgd_jax.per_example.factors import Outer, inner_by_forming, inner_by_gram, prefers_gram
+from sgd_jax.per_example.views import Layout, View
 
 # The oracle rounds cotangents to float32 where weights are cast to it.
-ROUNDED = {"cast_weights": 1e-6}
+ROUNDED = {"cast_weights": 1e-6, "mixed_dtypes": 1e-6}
 TOLERANCES = {
     jnp.float64: 1e-10,
     jnp.float32: 1e-5,
@@ -112,11 +114,11 @@ def in_float64(tree):
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
-def disagreements(found, expected, tolerance):
+def disagreements(found, expected, tolerance, floor=1e-3):
     """Returns the claims whose answers differ in structure, shape, dtype kind or value.
 
     An array may be off by ``tolerance`` of its own largest entry; one that is all but zero beside
-    the rest of its tree, by ``tolerance`` of a thousandth of the tree's largest entry.
+    the rest of its tree, by ``tolerance`` of ``floor`` times the tree's largest entry.
     """
     wrong = []
     for claim in expected:
@@ -132,7 +134,7 @@ def disagreements(found, expected, tolerance):
                 wrong.append(f"{claim}: shape {f.shape} for {e.shape}")
                 continue
             error = np.max(np.abs(in_float64(f) - e), initial=0)
-            if not error <= tolerance * max(np.max(np.abs(e), initial=0), 1e-3 * largest):
+            if not error <= tolerance * max(np.max(np.abs(e), initial=0), floor * largest):
                 wrong.append(f"{claim}: off by {error:.2g} of {largest:.2g}")
     return wrong
 
@@ -143,18 +145,18 @@ def oracle(fun, params, examples):
     return in_float64(gradient(params, examples))
 
 
-def compare(fun, params, examples, tolerance, strategy="auto", jit=True, claims=CLAIMS):
-    """Returns what disagrees with the oracle; asserts that it is finite and not trivial."""
+def compare(fun, params, examples, tolerance, jit=True, claims=CLAIMS, truth=None, **options):
+    """Returns the claims that disagree with the oracle, or with ``truth`` in its place."""
     n = jax.tree.leaves(examples)[0].shape[0]
     others = jax.tree.map(lambda leaf: leaf[: max(1, n - 2)][::-1], examples)
-    G = oracle(fun, params, examples)
+    G = oracle(fun, params, examples) if truth is None else truth
     H = jax.tree.map(lambda leaf: leaf[: max(1, n - 2)][::-1], G)
     assert np.isfinite(rows(G)).all()
     weights, direction = weights_of(n), direction_like(params)
     max_norm = float(np.median(np.linalg.norm(rows(G), axis=1))) or 1.0
 
     def answers(params, examples, others, direction, weights, max_norm):
-        per_example_grad = sj.per_example_grad(fun, strategy=strategy)
+        per_example_grad = sj.per_example_grad(fun, **options)
         grads, other = per_example_grad(params, examples), per_example_grad(params, others)
         return {
             claim: claims[claim][0](grads, other, direction, weights, max_norm) for claim in claims
@@ -164,7 +166,9 @@ def compare(fun, params, examples, tolerance, strategy="auto", jit=True, claims=
     found = answers(params, examples, others, direction, weights, max_norm)
     v, c = in_float64(direction), in_float64(weights)
     expected = {claim: claims[claim][1](G, H, v, c, max_norm) for claim in claims}
-    wrong = disagreements(found, expected, tolerance)
+    # Rounding to 8 bits shows where a sum over examples cancels.
+    floor = 1.0 if tolerance == TOLERANCES[jnp.bfloat16] else 1e-3
+    wrong = disagreements(found, expected, tolerance, floor)
     for claim in {
         "materialize",
         "sum",
@@ -183,3 +187,136 @@ def compare(fun, params, examples, tolerance, strategy="auto", jit=True, claims=
 def test_every_method_equals_vmap_of_grad_in_float64(name):
     tolerance = ROUNDED.get(name, TOLERANCES[jnp.float64])
     assert not compare(*architectures.make(name), tolerance)
+
+
+IN_FLOAT32 = [
+    "sigmoid_mlp",
+    "conv_group_norm",
+    pytest.param("transformer", marks=pytest.mark.slow),
+    "rnn",
+    "lstm",
+    "stacked_remat",
+    "weight_normalized",
+    "mixture_by_cond",
+    "embedding_three_ways",
+    "penalty_and_fit",
+    "custom_rules_in_scan",
+]
+
+
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_every_method_equals_vmap_of_grad_in_float32(name):
+    assert not compare(*architectures.make(name, jnp.float32), TOLERANCES[jnp.float32])
+
+
+@pytest.mark.parametrize("name", ["sigmoid_mlp", "fused_qkv", "stacked_reverse", "conv_1d"])
+def test_in_bfloat16_every_method_is_within_its_rounding_of_float64(name):
+    fun, params, examples = architectures.make(name, jnp.bfloat16)
+
+    def widened(tree):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tree)
+
+    truth = oracle(fun, widened(params), widened(examples))
+    assert not compare(fun, params, examples, TOLERANCES[jnp.bfloat16], truth=truth, claims=CLAIMS)
+
+
+def test_bfloat16_weights_used_in_float32_give_gradients_like_params():
+    fun, params, examples = architectures.make("sequence_gram")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+
+    def mixed(params, x):
+        return fun(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), x)
+
+    examples = examples.astype(jnp.float32)
+    assert not compare(mixed, params, examples, TOLERANCES[jnp.bfloat16])
+
+
+@pytest.mark.parametrize("name", ["sigmoid_mlp", "penalty_and_fit"])
+def test_no_jit_is_needed(name):
+    assert not compare(*architectures.make(name), TOLERANCES[jnp.float64], jit=False)
+
+
+@pytest.mark.parametrize("name", ["sigmoid_mlp", "embedding_modes", "rnn", "weight_normalized"])
+def test_one_example_is_enough(name):
+    assert not compare(*architectures.make(name, num_examples=1), TOLERANCES[jnp.float64])
+
+
+@pytest.mark.parametrize("name", ["transposed_use", "solved"])
+def test_materialized_is_the_same_behind_the_same_interface(name):
+    made = architectures.make(name)
+    assert not compare(*made, TOLERANCES[jnp.float64], strategy="materialized")
+
+
+WITHOUT_RULE = {
+    "batched_gather",
+    "conv_transposed_and_input",
+    "custom_vjp_not_linear",
+    "solved",
+    "vmap_inside",
+    "while_without_gradient",
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["sequence_outer", "used_twice", "stacked_remat", "experts_by_index"]
+)
+def test_factored_equals_vmap_of_grad_where_every_use_has_a_rule(name):
+    made = architectures.make(name)
+    assert not compare(*made, TOLERANCES[jnp.float64], strategy="factored")
+
+
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_factored_raises_exactly_where_a_use_has_no_rule(name):
+    fun, params, examples = architectures.make(name)
+    gradient = sj.per_example_grad(fun, strategy="factored")
+    if name in WITHOUT_RULE:
+        with pytest.raises(ValueError, match='strategy="factored"'):
+            jax.eval_shape(gradient, params, examples)
+    else:
+        jax.eval_shape(gradient, params, examples)
+
+
+def test_costs_and_aux_come_with_the_gradients():
+    cost, params, examples = architectures.make("sigmoid_mlp")
+
+    def fun(params, example):
+        aux = {"output": params[0][0] @ example[0], "one": 1, "bias": params[0][1], "none": None}
+        return cost(params, example), aux
+
+    def both(params, examples):
+        return sj.per_example_value_and_grad(fun, has_aux=True)(params, examples)
+
+    (costs, aux), grads = jax.jit(both)(params, examples)
+    plain = jax.vmap(jax.value_and_grad(fun, has_aux=True), in_axes=(None, 0))
+    (expected_costs, expected_aux), G = jax.jit(plain)(params, examples)
+    np.testing.assert_allclose(costs, expected_costs, rtol=1e-12)
+    assert jax.tree.map(jnp.result_type, aux) == jax.tree.map(jnp.result_type, expected_aux)
+    pairs = (aux, grads.mean()), (expected_aux, jax.tree.map(lambda g: jnp.mean(g, 0), G))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), *pairs)
+
+
+def test_both_routes_to_the_norms_are_exact_on_either_side_of_the_crossover():
+    for terms, gram in ((1, True), (3, True), (4, True), (5, False), (9, False)):
+        x = architectures.Draw().batch(terms, 8)
+        W = architectures.Draw(seed=1)(8, 8)
+        layout = Layout.of(View.whole(0, (8, 8)), (8, 8), left=[0], right=[1])
+        factor = Outer(x[:, None], jnp.sin(x)[:, None] @ W, layout)
+        assert prefers_gram(factor) == gram
+        written = np.einsum("nta,ntb->nab", x, jnp.sin(x) @ W)
+        expected = np.sum(written**2, axis=(1, 2))
+        for found in (
+            factor.squared_norms(),
+            inner_by_gram(factor, factor),
+            inner_by_forming(factor, factor),
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_weights_may_be_integers_or_booleans():
+    fun, params, examples = architectures.make("sequence_outer")
+    grads = jax.jit(sj.per_example_grad(fun))(params, examples)
+    G = oracle(fun, params, examples)
+    for weights in (jnp.arange(architectures.NUM_EXAMPLES), mask_of(architectures.NUM_EXAMPLES)):
+        expected = contract(in_float64(weights), G)
+        found = grads.sum(weights)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), found, expected)

@@ -8,6 +8,7 @@ that a parameter used in several places (tied weights, recurrent networks) keeps
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -120,7 +121,7 @@ class Outer:
                 _scatter(jnp.moveaxis(left, 1, 0), jnp.moveaxis(right, 1, 0), rows)
             )
         if group == 1:
-            left, right = (x.reshape(-1, x.shape[-1]) for x in (left, right))
+            left, right = (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (left, right))
             return self.layout.to_leaf((left.T @ right)[None])
         return self.layout.to_leaf(jnp.einsum("nhta,nhtb->hab", left, right))
 
@@ -313,7 +314,8 @@ def _gram(x: Factor, y: Factor) -> Array:
             rights = jnp.einsum("nhtb,mhsb->nmhts", aligned.right, y.right)
             return jnp.einsum("nmhts,nmhts->nm", _left_pairs(aligned, y), rights)
     a, b = x.materialize(), y.materialize()
-    return a.reshape(a.shape[0], -1) @ b.reshape(b.shape[0], -1).T
+    a, b = (x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in (a, b))
+    return a @ b.T
 
 
 def _pairs_are_cheaper(x: Outer, y: Outer) -> bool:

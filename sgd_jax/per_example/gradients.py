@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sgd_jax import _validate
+from sgd_jax._chunks import vary_like
 from sgd_jax._typing import Array, Example, Examples, Params, Strategy
 from sgd_jax.per_example import factors as F  # noqa: N812
 from sgd_jax.per_example.chunked import ChunkedPerExampleGrads
@@ -103,7 +104,7 @@ def per_example_value_and_grad(
         _validate.floating_params(params)
         n = _validate.num_examples(examples)
         leaves, treedef = jax.tree.flatten(params)
-        leaves = _vary_like(examples, leaves)
+        leaves = vary_like(examples, leaves)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         function = _flat(fun, treedef, has_aux)
         make = _materialized if strategy == "materialized" else _factored
@@ -127,7 +128,7 @@ def explain(fun: Callable[..., Any], params: Params, examples: Examples) -> str:
       examples: n examples, or their shapes.
     """
     n = _validate.num_examples(examples)
-    leaves, treedef = jax.tree.flatten(params)
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda tree: tree, params))
     function = _flat(fun, treedef, has_aux=False)
     traces: list[_Trace] = []
 
@@ -227,7 +228,7 @@ def _collect(
             return cost, (aux, acts)
 
         probes = {
-            k: _vary_like(example, jnp.zeros(site.probe_shape(), site.probe.dtype))
+            k: vary_like(examples, jnp.zeros(site.probe_shape(), site.probe.dtype))
             for k, site in enumerate(trace.sites)
         }
         (cost, (aux, acts)), deltas = jax.value_and_grad(probed, has_aux=True)(probes)
@@ -349,22 +350,6 @@ def _refuse_fallbacks(sites: Sequence[Site], params: Params) -> None:
                 f'{site.source}, which has no rule; strategy="auto" writes down the gradients of '
                 "that parameter alone"
             )
-
-
-def _vary_like(examples: Examples, values: Any) -> Any:
-    """Marks values as varying over the mesh axes that examples vary over, inside shard_map.
-
-    Otherwise their gradients would be summed over devices, and no longer be one example's.
-    """
-    axes = frozenset().union(
-        *(getattr(jax.typeof(leaf), "vma", ()) for leaf in jax.tree.leaves(examples))
-    )
-
-    def vary(value: Array) -> Array:
-        missing = tuple(sorted(axes - frozenset(getattr(jax.typeof(value), "vma", ()))))
-        return jax.lax.pcast(value, missing, to="varying") if missing else jnp.asarray(value)
-
-    return jax.tree.map(vary, values)
 
 
 def _names(params: Params) -> list[str]:

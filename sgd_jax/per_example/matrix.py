@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sgd_jax._chunks import vary_like
 from sgd_jax._tree import tree_dot
 from sgd_jax._typing import Array, Params, PyTree
 from sgd_jax.per_example import factors as F  # noqa: N812
@@ -72,7 +73,7 @@ class Pulled:
 
     def push_forward(self, direction: Sequence[Array]) -> tuple[Array, ...]:
         """The directional derivative of the values: the transpose of `pull_back`."""
-        zeros = tuple(jnp.zeros(shape, dtype) for shape, dtype in self.shapes)
+        zeros = self._zeros()
 
         def product(cotangents: tuple[Array, ...]) -> Array:
             pulled = self.pull_back(cotangents)
@@ -80,18 +81,24 @@ class Pulled:
 
         return jax.grad(product)(zeros)
 
+    def _zeros(self) -> tuple[Array, ...]:
+        """A zero cotangent for each value, varying over a mesh as the factors do."""
+        return vary_like(
+            self.factors, tuple(jnp.zeros(shape, dtype) for shape, dtype in self.shapes)
+        )
+
     def factors_of_leaves(self) -> dict[int, list[Factor]]:
         """The same gradients as factors of the parameters themselves."""
         result: dict[int, list[Factor]] = {leaf: [] for leaf in self.leaves}
-        zeros = [jnp.zeros(shape, dtype) for shape, dtype in self.shapes]
-        full = [k for k, z in enumerate(zeros) if z.size > 1]
+        zeros = self._zeros()
+        full = [k for k, z in enumerate(zeros) if z.size != 1]
         for k, zero in enumerate(zeros):
             if k in full:
                 continue
             ones = [jnp.ones_like(zero) if j == k else z for j, z in enumerate(zeros)]
             coefficients = self.factors[k].materialize().reshape(-1)
             for leaf, basis in self.pull_back(ones).items():
-                result[leaf].append(Shared(coefficients, basis))
+                result[leaf].append(Shared(coefficients.astype(basis.dtype), basis))
         if full:
 
             def pull_one(values: list[Array]) -> dict[int, Array]:

@@ -50,6 +50,7 @@ class _Planner:
 
     def __init__(self) -> None:
         self.sites: list[Site] = []
+        self._call_source = ""
 
     def plan(self, jaxpr: Jaxpr, origins: Sequence[Origin], levels: tuple[Level, ...]) -> Program:
         known = dict(zip(jaxpr.invars, origins, strict=True))
@@ -149,7 +150,7 @@ class _Planner:
                 probe=_shape(eqn.outvars[0].aval),
                 levels=_levels(levels, origin),
                 primitive=eqn.primitive.name,
-                source=source_info_util.summarize(eqn.source_info),
+                source=self._source(eqn),
             )
         )
         return Meeting(call, inputs, outputs, variable, others, is_slice, number), [EXAMPLE]
@@ -158,7 +159,7 @@ class _Planner:
         self, jaxpr: Jaxpr, eqn: Any, operands: list[Origin], levels: tuple[Level, ...]
     ) -> tuple[Step, list[Origin]]:
         name = eqn.primitive.name
-        source = source_info_util.summarize(eqn.source_info)
+        source = self._source(eqn)
         lifted: dict[Var, int] = {}
         for atom, origin in zip(eqn.invars, operands, strict=True):
             if origin.kind is Kind.PARAMETER and atom not in lifted:
@@ -184,11 +185,17 @@ class _Planner:
         self.sites.append(site)
         return len(self.sites) - 1
 
+    def _source(self, eqn: Any) -> str:
+        """The line of an equation; within a library's function, the line that called it."""
+        return source_info_util.summarize(eqn.source_info) or self._call_source
+
     def _call(
         self, jaxpr: Jaxpr, eqn: Any, operands: list[Origin], levels: tuple[Level, ...]
     ) -> tuple[Step, list[Origin]]:
         inner, consts = _open(eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"])
+        outer, self._call_source = self._call_source, self._source(eqn)
         program = self.plan(inner, operands, levels)
+        self._call_source = outer
 
         def wrap(body: Callable[..., Any]) -> Callable[..., Any]:
             if eqn.primitive.name not in _REMAT:
@@ -209,7 +216,7 @@ class _Planner:
             k for k in range(num_carry) if inner.outvars[k] is inner.invars[num_consts + k]
         )
         lifted = {}
-        source = source_info_util.summarize(eqn.source_info)
+        source = self._source(eqn)
         origins: list[Origin] = []
         for k, (atom, origin) in enumerate(zip(eqn.invars, operands, strict=True)):
             if num_consts <= k < first_x and k - num_consts not in fixed:
@@ -286,6 +293,9 @@ class _Planner:
             if eqn.primitive.name == "custom_jvp_call":
                 return jax.jvp(function, at, directions)[1]
             results, pullback = jax.vjp(function, *at)
+            backward = jax.make_jaxpr(pullback)(results).jaxpr
+            if not all(_zeros(backward, [True] * len(backward.invars))):
+                raise ValueError("the backward rule may add something of its own")
             (moved,) = jax.linear_transpose(pullback, results)(directions)
             return moved
 
@@ -293,7 +303,7 @@ class _Planner:
         try:
             closed = jax.make_jaxpr(tangent)(*shapes, *(_shape(v.aval) for v in tangents))
         except (NotImplementedError, AssertionError, TypeError, ValueError):
-            # A backward rule that is not linear in the cotangent (it clips it, say) has no J.
+            # A backward rule not linear in the cotangent (it clips it, or adds to it) has no J.
             return self._lift_operands(jaxpr, eqn, operands, levels)
         fixed = [
             dataclasses.replace(CONSTANT, stacked=by_variable[v].stacked)
@@ -336,6 +346,46 @@ def _as_function(jaxpr: Jaxpr, eqn: Any) -> tuple[Callable[..., Any], list[Var],
     return jaxpr_as_fun(ClosedJaxpr(alone, ())), inputs, outputs
 
 
+def _zeros(jaxpr: Jaxpr, zeros: Sequence[bool]) -> list[bool]:
+    """Which outputs of a jaxpr are surely zero where the marked inputs are."""
+    known = dict(zip(jaxpr.invars, zeros, strict=True))
+
+    def is_zero(atom: Any) -> bool:
+        return not atom.val if isinstance(atom, Literal) else known.get(atom, False)
+
+    for eqn in jaxpr.eqns:
+        name, operands = eqn.primitive.name, [is_zero(a) for a in eqn.invars]
+        if name in ("jit", "pjit"):
+            outputs = _zeros(_open(eqn.params["jaxpr"])[0], operands)
+        else:
+            positions = _ZERO_WITH_ALL.get(name)
+            zero = name in _ZERO_WITH_ANY and any(operands)
+            zero = zero or (positions is not None and all(operands[positions]))
+            outputs = [zero] * len(eqn.outvars)
+        known.update(zip(eqn.outvars, outputs, strict=True))
+    return [is_zero(atom) for atom in jaxpr.outvars]
+
+
+_ZERO_WITH_ANY = frozenset(("mul", "dot_general", "conv_general_dilated"))
+"""The primitives whose output is zero where any operand is."""
+
+_ZERO_WITH_ALL: Mapping[str, slice] = {
+    **dict.fromkeys(
+        (
+            *("add", "add_any", "sub", "neg", "concatenate", "pad", "transpose", "reshape"),
+            *("squeeze", "broadcast_in_dim", "slice", "rev", "convert_element_type", "copy"),
+            *("copy_p", "reduce_sum", "cumsum", "split", "real", "imag", "complex", "conj"),
+        ),
+        slice(None),
+    ),
+    **dict.fromkeys(("div", "gather", "dynamic_slice"), slice(1)),
+    **dict.fromkeys(("scatter-add", "scatter_add"), slice(0, 3, 2)),
+    "dynamic_update_slice": slice(2),
+    "select_n": slice(1, None),
+}
+"""The primitives whose output is zero where all of these operands are."""
+
+
 def _open(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
     """A jaxpr and its constants, closed or not."""
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
@@ -370,4 +420,6 @@ def _levels(levels: tuple[Level, ...], origin: Origin) -> tuple[Level, ...]:
 
 
 def _shape(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, manual_axis_type=getattr(aval, "manual_axis_type", None)
+    )

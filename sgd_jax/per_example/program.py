@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal, Var
 
+from sgd_jax._chunks import vary_like
 from sgd_jax.per_example.sites import Origin
 
 Values: TypeAlias = dict[int, Any]
@@ -269,7 +270,9 @@ class Cond(Step):
                 outputs, inner = branch(k)(operands, probes)
                 for other, shape in enumerate(shapes):
                     if other != k:
-                        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+                        zeros = jax.tree.map(
+                            lambda s: vary_like(s, jnp.zeros(s.shape, s.dtype)), shape
+                        )
                         inner = {**inner, **zeros}
                 return [jnp.asarray(o) for o in outputs], inner
 

@@ -45,7 +45,7 @@ class View:
     def whole(cls, leaf: int, shape: Sequence[int], num_stacked: int = 0) -> "View":
         """The leaf itself; its first ``num_stacked`` axes are run over by scans."""
         axes = tuple(Axis(size, 0, size) for size in shape)
-        dims = tuple((d,) if size > 1 else () for d, size in enumerate(shape))
+        dims = tuple((d,) if size != 1 else () for d, size in enumerate(shape))
         return cls(leaf, axes, dims[num_stacked:], tuple(range(num_stacked)))
 
     def transpose(self, permutation: Sequence[int]) -> "View":
@@ -86,6 +86,8 @@ class View:
 
     def reshape(self, sizes: Sequence[int]) -> "View | None":
         """The value reshaped; None where that cuts an axis unevenly, or cuts a window."""
+        if 0 in sizes:
+            return None
         view, queue, dims = self, [a for axes in self.dims for a in axes], []
         for size in sizes:
             dim: list[int] = []
