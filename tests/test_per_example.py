@@ -276,6 +276,12 @@ def test_factored_raises_exactly_where_a_use_has_no_rule(name):
         jax.eval_shape(gradient, params, examples)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 100])
+def test_chunks_of_any_size_give_the_same(chunk_size):
+    made = architectures.make("penalty_and_fit")
+    assert not compare(*made, TOLERANCES[jnp.float64], chunk_size=chunk_size)
+
+
 def test_costs_and_aux_come_with_the_gradients():
     cost, params, examples = architectures.make("sigmoid_mlp")
 
