@@ -170,13 +170,14 @@ def gradient_moments(
 
     Accuracy: each chunk gives Σ‖g_i − c‖² = Σ‖g_i‖² − k‖c‖², c its mean over k examples, which
     loses digits where noise is small beside the mean: the relative error of tr Σ is about
-    ε (1 + ‖G‖²/tr Σ), ε the rounding of a long sum (10⁻⁶ in float32). Gradients of real data have
-    tr Σ ≥ ‖G‖². The variance loses likewise, coordinate by coordinate. Between chunks nothing
-    cancels. A negative tr Σ of a chunk is rounding, and is kept: nothing is clamped. On
-    NVIDIA GPUs ask for ``jax.default_matmul_precision("highest")``.
+    ε (1 + ‖G‖²/tr Σ), ε the rounding of a long sum (10⁻⁶ in float32). In training tr Σ is rarely
+    below ‖G‖². The variance loses likewise, coordinate by coordinate. Between chunks nothing
+    cancels. A negative tr Σ of a chunk is rounding, and is kept: nothing is clamped. On NVIDIA
+    GPUs ask for ``jax.default_matmul_precision("highest")``.
 
     Args:
-      fun: the cost of ONE example, ``(params, example) -> scalar``.
+      fun: the cost of ONE example, ``(params, example) -> scalar``. Define it once: another
+        function, even of the same text, compiles anew.
       params: a pytree of floating-point arrays.
       examples_or_batches: a pytree whose leaves have leading axis n ≥ 1; or an iterator of such,
         or any other iterable that is no pytree (a data loader; wrap a list in ``iter``), whose

@@ -37,7 +37,8 @@ class NoiseScale(NamedTuple):
     low: Array
     """Lower end of the interval; it stands also where ``value`` is undetermined.
 
-    Infinite where even the upper end of ‖G‖² is below 0."""
+    Infinite where even the upper end of ‖G‖² is below 0.
+    """
     high: Array
     """Upper end of the interval; infinite where undetermined."""
     undetermined: Array
