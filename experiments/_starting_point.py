@@ -1,0 +1,152 @@
+"""Where a network stands when its gradients are looked at: a point in training, and its data."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import _classifier, _recorded, train
+from experiments._config import Config, load, make_optimizer, resolve
+from experiments._recorded import Output
+from sgd_jax import data, runs
+from sgd_jax._typing import CostFn, Params
+from sgd_jax.data import Examples
+
+
+class StartingPoint(NamedTuple):
+    """A network, the examples it is trained on, and what was there an epoch before."""
+
+    params: Params
+    anchor: Params | None
+    """The params an epoch earlier, where they are known: what SVRG would compare with."""
+    fun: CostFn
+    """The cost of one example, as it is stored."""
+    examples: Examples
+    """The training examples, on the device."""
+    labels: np.ndarray
+    """Their classes, numbered without gaps: (n,) int32."""
+    num_classes: int
+    """How many classes there are in ``labels``."""
+    description: str
+    """Such as "digits, 64-30-10, after 5 epochs"."""
+
+
+def read_run(
+    path: str, given: dict[str, Any], output: Output
+) -> tuple[Config, data.Dataset, jax.Array]:
+    """Returns settings, data and params of a run of `experiments.train` at its last checkpoint.
+
+    Args:
+      path: The run folder; a plain name is looked for in ``output.out_dir``.
+      given: Settings of `Config` that the command line names; they must be those of the run, but
+        for ``data_dir``. ``seed`` says which of its seeds.
+      output: Of the program that asks.
+
+    Raises:
+      FileNotFoundError: there is no such run, or it has no checkpoint.
+      ValueError: settings or data differ from those of the run, or its checkpoint does.
+    """
+    folder = runs.RunFolder(Path(path) if len(Path(path).parts) > 1 else Path(output.out_dir, path))
+    if not folder.config_path.is_file():
+        raise FileNotFoundError(
+            f"run is {path!r}, but {folder.config_path} does not exist; expected the folder of a "
+            "run of experiments.train, such as --run=runs/mine"
+        )
+    stored = folder.read_config()
+    names = [field.name for field in dataclasses.fields(Config)]
+    if not folder.checkpoints_path.is_dir() or not set(names) <= stored.keys():
+        raise FileNotFoundError(
+            f"run is {path!r}, which holds no checkpoint of a training; expected the folder of a "
+            "run of experiments.train"
+        )
+    before = {name: stored[name] for name in names} | {"sizes": tuple(stored["sizes"])}
+    seeds = range(before["seed"], before["seed"] + before["num_seeds"])
+    seed = given.get("seed", seeds.start)
+    if seed not in seeds:
+        raise ValueError(
+            f"seed is {seed}; expected one that {folder.path} has trained, {seeds.start} to "
+            f"{seeds.stop - 1}"
+        )
+    kept = {name: value for name, value in given.items() if name != "seed"}
+    config = Config(**_recorded.merge_settings(before, kept, frozenset({"data_dir"}), flag="run"))
+    _enable(config)
+    dataset = load(config)
+    if stored["data_sha256"] != _recorded.digest_of(dataset):
+        raise ValueError(
+            f"dataset {dataset.name} holds other data than when {folder.path} was trained; "
+            "expected the same examples in the same order"
+        )
+    keys, init_all = _classifier.make_init(
+        make_optimizer(config, num_examples=len(dataset.train.labels)),
+        sizes=config.sizes or (),
+        init=config.init,
+        seeds=seeds,
+        dtype=np.dtype(config.dtype),
+    )
+    snapshot = runs.read_checkpoint(folder.checkpoints_path, jax.eval_shape(init_all, keys))
+    params = jax.tree.map(lambda leaf: leaf[seed - seeds.start], snapshot.state.params)
+    return (
+        dataclasses.replace(config, epochs=snapshot.epoch, seed=seed, num_seeds=1),
+        dataset,
+        params,
+    )
+
+
+def prepare(given: dict[str, Any]) -> tuple[Config, data.Dataset]:
+    """Returns checked settings and their data, for a network that is yet to be trained."""
+    config = Config(**given)
+    _enable(config)
+    dataset = load(config)
+    return resolve(config, dataset), dataset
+
+
+def find_point(
+    config: Config,
+    dataset: data.Dataset,
+    params: Params | None = None,
+    on_epoch: Any = lambda state, record: None,
+) -> StartingPoint:
+    """Returns the network after ``config.epochs`` epochs, training it unless ``params`` are given.
+
+    Args:
+      config: What to train, one seed; with ``params``, what was trained.
+      dataset: Its examples.
+      params: The network, where it is there already.
+      on_epoch: Called as `train.run` does.
+    """
+    fun, _ = _classifier.example_functions(
+        config.cost, dataset.num_classes, dataset.scale, np.dtype(config.dtype)
+    )
+    anchor = None
+    if params is None:
+
+        def keep_anchor(state: Any, record: runs.Record) -> None:
+            nonlocal anchor
+            if record["epoch"] == config.epochs - 1:
+                anchor = jax.tree.map(lambda leaf: jnp.copy(leaf[0]), state.params)
+            on_epoch(state, record)
+
+        state = train.run(config, dataset, on_epoch=keep_anchor).state
+        params = jax.tree.map(lambda leaf: leaf[0], state.params)
+    classes, labels = np.unique(dataset.train.labels, return_inverse=True)
+    net = "-".join(map(str, config.sizes or ()))
+    when = (
+        f"after {config.epochs} epoch{'s' * (config.epochs > 1)}" if config.epochs else "untrained"
+    )
+    return StartingPoint(
+        params=params,
+        anchor=anchor,
+        fun=fun,
+        examples=_classifier.to_device(dataset.train, np.dtype(config.dtype)),
+        labels=labels.astype(np.int32),
+        num_classes=len(classes),
+        description=f"{Path(dataset.name).stem}, {net}, {when}",
+    )
+
+
+def _enable(config: Config) -> None:
+    if config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)

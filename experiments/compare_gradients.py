@@ -1,0 +1,326 @@
+"""What is a mini-batch gradient worth, compared with the gradient of all examples?
+
+For mini-batches of every size, drawn in several ways: the exact law of the mean squared error
+E‖ĝ − G‖² beside that of thousands of mini-batches, the angle to the full gradient G, and the time
+that an estimate takes. At initialization (--epochs=0), after training, or at the last checkpoint of
+a run of `experiments.train`. Leaves table, figures and report in a run folder.
+"""
+
+import csv
+import dataclasses
+import io
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import (
+    _cli,
+    _comparison,
+    _comparison_figures,
+    _flags,
+    _recorded,
+    _starting_point,
+)
+from experiments._console import TableDisplay
+from experiments._recorded import Output
+from experiments._starting_point import StartingPoint
+from sgd_jax import runs
+
+_SMOKE = {"num_draws": 200, "min_drawn": 0, "batch_sizes": (1, 10, 0)}
+_EPOCHS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is compared; the flags of the same names say what each is."""
+
+    batch_sizes: tuple[int, ...] | None = None
+    schemes: tuple[str, ...] | None = None
+    num_draws: int = 2000
+    min_drawn: int = 100_000
+    floor: float = 0.1
+    run: str | None = None
+
+    def __post_init__(self):
+        """Raises ValueError at what is wrong whatever the data are."""
+        known = ", ".join(_comparison.SCHEMES)
+        unknown = set(self.schemes or ()) - set(_comparison.SCHEMES)
+        for name, is_good, expected in (
+            ("schemes", self.schemes != () and not unknown, f"any of {known}"),
+            ("batch_sizes", self.batch_sizes != (), "one size or more, as in 1,10,100,full"),
+            ("batch_sizes", min(self.batch_sizes or (0,)) >= 0, "whole numbers of at least 1"),
+            ("num_draws", self.num_draws >= 2, "a whole number of at least 2"),
+            ("min_drawn", self.min_drawn >= 0, "a whole number of at least 0"),
+            ("floor", 0 <= self.floor <= 1, "a number from 0 to 1"),
+        ):
+            if not is_good:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+
+def resolve(config: Config, n: int, num_classes: int, has_anchor: bool) -> Config:
+    """Returns ``config`` with batch sizes and schemes filled in, each once, sizes in order.
+
+    Raises:
+      ValueError: a batch size above n; a scheme that is not defined here.
+    """
+    if config.batch_sizes is None:
+        sizes = {m for k in range(10) for m in (10**k, 3 * 10**k) if m < n} | {n}
+    else:
+        sizes = {m or n for m in config.batch_sizes}
+    if max(sizes) > n:
+        raise ValueError(
+            f"batch_sizes holds {max(sizes)}; expected at most {n}, the training examples. All of "
+            "them are called full"
+        )
+    schemes = dict.fromkeys(config.schemes or _comparison.SCHEMES)
+    if not has_anchor and "control_variate" in schemes:
+        if config.schemes is not None:
+            raise ValueError(
+                "schemes holds control_variate, which needs the network an epoch earlier; expected "
+                "--epochs of at least 1 and no --run"
+            )
+        del schemes["control_variate"]
+    strata = [name for name in schemes if name.startswith("stratified")]
+    if config.schemes is not None and strata and max(sizes) < num_classes:
+        raise ValueError(
+            f"schemes holds {strata[0]}, which draws from each of {num_classes} classes; expected "
+            f"a batch size of at least {num_classes}"
+        )
+    return dataclasses.replace(config, batch_sizes=tuple(sorted(sizes)), schemes=tuple(schemes))
+
+
+class Result(NamedTuple):
+    """What a comparison returns."""
+
+    rows: list[dict[str, Any]]
+    """One for each scheme and batch size; see `run`."""
+    point: dict[str, float]
+    """Of the full gradient: its `cost`, `squared_norm`, `trace`, `num_examples`, `seconds`."""
+
+
+def run(
+    config: Config,
+    point: StartingPoint,
+    seed: int = 0,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Result:
+    """Compares estimates of the gradient at a point with their exact laws.
+
+    A row holds `scheme`, `batch_size`, what `_comparison.summarize` says, `draw_seconds`, the time
+    to draw a sample (without replacement: its share of reshuffling an epoch), and
+    `gradient_seconds`, the time of the estimate. A scheme has no row where it is not defined:
+    stratified sampling for fewer examples than classes.
+
+    Args:
+      config: What to compare; resolved here.
+      point: Where.
+      seed: Decides the draws.
+      on_row: Called with each row.
+    """
+    n = len(point.labels)
+    config = resolve(config, n, point.num_classes, point.anchor is not None)
+    makers = _comparison.make_schemes(point, config.floor)
+    whole = makers["without_replacement"]().target
+    full, squared_norm = whole.moments.mean, float(whole.moments.squared_norm)
+    seconds: dict[tuple[int, int], float] = {}
+    rows = []
+    for number, name in enumerate(config.schemes or ()):
+        scheme = makers[name]()
+        estimator = _comparison.Estimator(scheme.target, full, point.examples)
+        for m in config.batch_sizes or ():
+            if m < scheme.least_batch_size:
+                continue
+            draw, predicted = scheme.at(m)
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), m)
+            num_draws = max(config.num_draws, -(-config.min_drawn // m))
+            errors = estimator.measure(draw, key, num_draws)
+            kind = m if name != "poisson" else jax.eval_shape(draw, key).indices.shape[0]
+            if (kind, scheme.num_gradients) not in seconds:
+                seconds[kind, scheme.num_gradients] = _comparison.seconds_per_gradient(
+                    scheme.target, point.examples, kind
+                )
+            is_shuffled = name in ("without_replacement", "control_variate")
+            row = {
+                "scheme": name,
+                "batch_size": m,
+                **_comparison.summarize(errors, float(predicted), squared_norm),
+                "draw_seconds": (
+                    _comparison.reshuffling_seconds(n, m) if is_shuffled else errors.draw_seconds
+                ),
+                "gradient_seconds": seconds[kind, scheme.num_gradients],
+            }
+            rows.append(row)
+            on_row(row)
+    return Result(
+        rows,
+        {
+            "num_examples": n,
+            "cost": float(whole.moments.cost),
+            "squared_norm": squared_norm,
+            "trace": float(whole.moments.trace),
+            "seconds": _comparison.seconds_per_gradient(whole, point.examples, None),
+        },
+    )
+
+
+_COLUMNS = (
+    ("scheme", "scheme             ", "{:<19}"),
+    ("batch_size", "m", "{:,}"),
+    ("num_draws", "draws", "{:,}"),
+    ("predicted", "E‖ĝ−G‖²", "{:.4g}"),
+    ("measured", "measured", "{:.4g}"),
+    ("ratio", "ratio", "{:.4f}"),
+    ("ratio_standard_error", "±", "{:.4f}"),
+    ("cosine_of_means", "cosine", "{:.4f}"),
+    ("mean_cosine", "mean cos", "{:.4f}"),
+    ("cosine_5", "5 %", "{:.4f}"),
+    ("cosine_95", "95 %", "{:.4f}"),
+    ("draw_seconds", "draw, µs", "{:,.1f}"),
+    ("gradient_seconds", "gradient, µs", "{:,.1f}"),
+)
+LEGEND = (
+    "E‖ĝ−G‖² and cosine, 1/√(1 + E‖ĝ−G‖²/‖G‖²) = E⟨ĝ,G⟩/√(E‖ĝ‖²‖G‖²), are exact; measured, ratio "
+    "(measured to exact, ± its standard error), mean cos and its quantiles are of the draws. The "
+    "mean of the cosines is only close to the exact cosine of the means."
+)
+
+
+def labels() -> list[str]:
+    """Returns the headings of the table."""
+    return [label for _, label, _ in _COLUMNS]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Returns a row as in the table, in the order of `labels`."""
+    micro = {name: 1e6 * row[name] for name in ("draw_seconds", "gradient_seconds")}
+    shown = row | micro
+    return [
+        "–" if shown[name] is None else template.format(shown[name])
+        for name, _, template in _COLUMNS
+    ]
+
+
+_BATCH_SIZES = flags.DEFINE_list(
+    "batch_sizes", None, "Sizes m; full is all n. By default 1, 3, 10, 30, … up to n."
+)
+_SCHEMES = flags.DEFINE_list(
+    "schemes", None, f"Any of {', '.join(_comparison.SCHEMES)}; by default all that are defined."
+)
+_NUM_DRAWS = flags.DEFINE_integer("num_draws", Config.num_draws, "Mini-batches measured of each.")
+_MIN_DRAWN = flags.DEFINE_integer(
+    "min_drawn",
+    Config.min_drawn,
+    "Small mini-batches vary most: draw more than num_draws of them, until they hold so many "
+    "examples in all.",
+)
+_FLOOR = flags.DEFINE_float(
+    "floor", Config.floor, "Share of uniform draws in importance sampling, whose p is ∝ ‖g_i‖."
+)
+_RUN = flags.DEFINE_string(
+    "run", None, "Folder of a run of experiments.train: compare at its last checkpoint."
+)
+GROUPS: _cli.HelpGroups = {
+    "Comparison": (_BATCH_SIZES, _SCHEMES, _NUM_DRAWS, _MIN_DRAWN, _FLOOR, _RUN),
+    **{name: _flags.GROUPS[name] for name in ("Data", "Network", "Training")},
+    "Seed": tuple(holder for holder in _flags.GROUPS["Seeds"] if holder.name == "seed"),
+    "Run folder": tuple(
+        holder
+        for holder in _flags.GROUPS["Run folder"]
+        if holder.name in ("out_dir", "run_name", "smoke")
+    ),
+}
+
+
+def main() -> int:
+    """Reads the flags, compares, leaves the run folder; returns the exit code."""
+    began = time.perf_counter()
+    with _cli.user_errors():
+        given = _flags.given_settings(GROUPS)
+        own = _take(given, Config)
+        output = Output(**_take(given, Output))
+        if given.get("smoke"):
+            own = _SMOKE | own
+        for name in ("batch_sizes", "schemes"):
+            if own.get(name) is not None:
+                own[name] = tuple(own[name])
+        if "batch_sizes" in own:
+            own["batch_sizes"] = _parse_batch_sizes(own["batch_sizes"])
+        config = Config(**own)
+        _recorded.read_stored(output)
+        params = None
+        if config.run is None:
+            training, dataset = _starting_point.prepare({"epochs": _EPOCHS} | given)
+        else:
+            training, dataset, params = _starting_point.read_run(config.run, given, output)
+        has_anchor = params is None and training.epochs > 0
+        n, num_classes = len(dataset.train.labels), len(np.unique(dataset.train.labels))
+        config = resolve(config, n, num_classes, has_anchor)
+        settings = {**dataclasses.asdict(training), "comparison": dataclasses.asdict(config)}
+        folder, notes = _recorded.open_folder(output, settings, dataset, None, __file__)
+    total = len(config.batch_sizes or ()) * len(config.schemes or ())
+    done = 0
+    with TableDisplay(labels(), total, "row") as display:
+        for note in notes:
+            display.say(note)
+
+        def on_row(row: dict[str, Any]) -> None:
+            nonlocal done
+            done += 1
+            display.add(cells(row), done)
+
+        try:
+            point = _starting_point.find_point(training, dataset, params)
+            result = run(config, point, training.seed, on_row)
+        except ArithmeticError as error:
+            _cli.fail(str(error))
+    _write(folder, point.description, result)
+    print(LEGEND)
+    print(f"the full gradient takes {1e3 * result.point['seconds']:.2f} ms")
+    print(f"{time.perf_counter() - began:.1f} s in all")
+    print(f"run folder: {folder.path}")
+    return 0
+
+
+def _take(given: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """Takes out of ``given`` the settings that are fields of a dataclass."""
+    return {f.name: given.pop(f.name) for f in dataclasses.fields(kind) if f.name in given}
+
+
+def _parse_batch_sizes(texts: tuple[Any, ...]) -> tuple[int, ...]:
+    try:
+        sizes = tuple(0 if text == "full" else int(text) for text in texts)
+    except ValueError as error:
+        raise ValueError(
+            f"batch_sizes is {','.join(texts)!r}; expected whole numbers with commas between, or "
+            "full"
+        ) from error
+    if any(text in ("0", "-0") for text in texts):
+        raise ValueError("batch_sizes holds 0; expected sizes of at least 1, or full for all")
+    return sizes
+
+
+def _write(folder: runs.RunFolder, description: str, result: Result) -> None:
+    """Writes table, figures, report and, last of all, `summary.json`."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(result.rows[0]))
+    writer.writeheader()
+    writer.writerows(result.rows)
+    runs.write_text(folder.path / "table.csv", table.getvalue())
+    runs.write_json(folder.path / "table.json", {"point": result.point, "rows": result.rows})
+    figures = _comparison_figures.draw_all(folder.path / "figures", description, result)
+    title = f"What a mini-batch gradient is worth: {description}"
+    sections = {"": runs.html_pairs(result.point)}
+    sections |= {heading: runs.html_figure(path, heading) for heading, path in figures.items()}
+    table_html = runs.html_table(labels(), [cells(row) for row in result.rows])
+    sections |= {"Table": f"<p>{LEGEND}</p>{table_html}"}
+    sections |= {"Settings": runs.html_pairs(folder.read_config())}
+    runs.write_page(folder.report_path, title, sections)
+    folder.write_summary({"status": "complete", "description": description, **result.point})
+
+
+if __name__ == "__main__":
+    _cli.start(main, __doc__ or "", GROUPS)
