@@ -222,7 +222,7 @@ def assert_covers(low, high, truth, confidence):
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_intervals_cover_the_truth_as_often_as_they_say(kind, confidence):
     moments, truth = draw(kind, mean=0.5)
-    scales = jax.vmap(lambda m: noise_scale(m, confidence=confidence))(moments)
+    scales = jax.jit(jax.vmap(lambda m: noise_scale(m, confidence=confidence)))(moments)
     assert_covers(scales.low, scales.high, truth, confidence)
     middle = scales.value
     for factor in (2 / 3, 3 / 2):
@@ -233,7 +233,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(kind, confidence):
 
 def test_without_a_signal_the_noise_scale_is_undetermined():
     moments, _ = draw("normal", mean=0.0)
-    scales = jax.vmap(noise_scale)(moments)
+    scales = jax.jit(jax.vmap(noise_scale))(moments)
     assert np.mean(scales.undetermined) > 0.95
     undetermined = np.asarray(scales.undetermined)
     assert np.all(np.isnan(scales.value[undetermined]))
@@ -294,6 +294,7 @@ def test_a_negative_squared_norm_is_undetermined_not_clamped():
 # Curvature
 
 
+@functools.cache
 def network_problem():
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (9, 3), jnp.float64)
@@ -302,6 +303,7 @@ def network_problem():
     return fun, sj.init_network(keys[2], (3, 2, 2), dtype=jnp.float64), (x, y)
 
 
+@functools.cache
 def dense_curvature():
     """tr(HΣ) and GᵀHG from the whole Hessian and all gradients."""
     fun, network, examples = network_problem()
@@ -343,7 +345,7 @@ def test_random_probes_agree_with_it_within_their_standard_error():
 # Gaussian linear regression: x ~ N(0, I), y = ⟨w*, x⟩ + noise; g = x (⟨x, w − w*⟩ − noise)
 
 
-def gaussian_regression(n=200_000, d=5, sigma=0.7):
+def gaussian_regression(n=100_000, d=5, sigma=0.7):
     keys = jax.random.split(jax.random.key(3), 2)
     x, noise = jax.random.normal(keys[0], (n, d)), sigma * jax.random.normal(keys[1], (n,))
     away = jnp.linspace(0.2, 1.0, d)  # w − w*
@@ -376,7 +378,7 @@ def test_gaussian_linear_regression_has_its_closed_form():
 
 
 def test_with_the_unit_hessian_of_gaussian_regression_both_noise_scales_agree():
-    moments, problem, *_ = gaussian_regression(n=20_000)
+    moments, problem, *_ = gaussian_regression(n=5_000)
     simple = noise_scale(moments).value
     found = curvature_noise_scale(*problem, key=jax.random.key(0), num_probes=50)
     assert abs(found.value - simple) < 4 * found.standard_error + 0.05 * simple
@@ -411,7 +413,7 @@ def test_thousands_of_drawn_subsets_agree_with_the_law():
     rows = np.random.default_rng(2).normal(size=(300, 50)) + 0.3
     moments = moments_of(rows)
     keys = jax.random.split(jax.random.key(0), 3000)
-    samples = jax.vmap(lambda key: sampling.without_replacement(key, 300, 20))(keys)
+    samples = jax.jit(jax.vmap(lambda key: sampling.without_replacement(key, 300, 20)))(keys)
     errors = subset_errors(jnp.array(rows @ rows.T), samples)
     law = float(expected_squared_error(moments, 20))
     standard_error = float(jnp.std(errors.squared_error)) / np.sqrt(3000)
