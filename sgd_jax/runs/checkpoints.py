@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 
 from sgd_jax._typing import PyTree
 from sgd_jax.runs.folder import Record
@@ -117,10 +118,15 @@ def read_checkpoint(path: Path, like: PyTree) -> Snapshot:
     checkpoint = (path / str(epochs[0])).absolute()
     with ocp.StandardCheckpointer() as reader:
         metadata = reader.metadata(checkpoint / _STATE)
-    saved = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in metadata.items()}
-    wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in _named_leaves(like).items()}
+    saved, wanted = (
+        {f"{name} {leaf.dtype}{tuple(leaf.shape)}" for name, leaf in leaves.items()}
+        for leaves in (metadata, _named_leaves(like))
+    )
     if saved != wanted:
-        raise ValueError(f"{checkpoint} holds {saved}; expected {wanted}")
+        raise ValueError(
+            f"{checkpoint} is of another network: it holds {', '.join(sorted(saved - wanted))}; "
+            f"expected {', '.join(sorted(wanted - saved))}"
+        )
     return _restore(checkpoint, like)
 
 
@@ -139,10 +145,23 @@ def _restore(checkpoint: Path, like: PyTree) -> Snapshot:
     if record["epoch"] != int(checkpoint.name):
         raise ValueError(f"it holds epoch {record['epoch']}")
     abstract = _named_leaves(like)
+    _read_all(checkpoint / _STATE)
     with ocp.StandardCheckpointer() as reader:
         leaves = reader.restore(checkpoint / _STATE, abstract)
     state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in abstract])
     return Snapshot(record["epoch"], state, record)
+
+
+def _read_all(arrays: Path) -> None:
+    """Raises ValueError unless every byte of the arrays can be read and has its checksum.
+
+    Orbax reads all arrays at once and leaves its event loop at the first that fails; the threads
+    that read the others then find the loop closed, and each prints a traceback of its own.
+    """
+    spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{arrays}/"}}
+    store = tensorstore.KvStore.open(spec).result()
+    for key in store.list().result():
+        store.read(key).result()
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:

@@ -20,12 +20,17 @@ class Logger(Protocol):
 def scalars(record: Record) -> dict[str, float]:
     """Returns the numbers of a line by name, several seeds as name/median, name/min and name/max.
 
+    None, which is no number, is left out.
+
     >>> scalars({"epoch": 1, "cost_train": [3.0, 1.0, 2.0], "seconds": 0.5, "note": None})
     {'cost_train/median': 2.0, 'cost_train/min': 1.0, 'cost_train/max': 3.0, 'seconds': 0.5}
     """
     flat = {}
     for name, value in record.items():
         if isinstance(value, list):
+            value = [number for number in value if number is not None]
+            if not value:
+                continue
             flat[f"{name}/median"] = float(statistics.median(value))
             flat[f"{name}/min"] = float(min(value))
             flat[f"{name}/max"] = float(max(value))
@@ -105,7 +110,7 @@ def _import_tensorboard() -> Any:
 
 def _import_wandb() -> Any:
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise _missing("wandb") from error
     return wandb
