@@ -6,37 +6,110 @@ descent is a product with G.
 
 from sgd_jax import sampling
 from sgd_jax._version import __version__
+from sgd_jax.allocation import (
+    neyman_allocation,
+    optimal_probabilities,
+    proportional_allocation,
+)
+from sgd_jax.control_variate import Anchor, control_variate, difference, refresh
 from sgd_jax.costs import cross_entropy_cost, logit_cross_entropy_cost, mean_cost, quadratic_cost
+from sgd_jax.estimates import (
+    adascale_gain,
+    cabs_batch_size,
+    expected_cosine,
+    expected_squared_error,
+    gradient_diversity,
+    gradient_signal_to_noise,
+    inner_product_test,
+    norm_test,
+    norm_test_batch_size,
+    orthogonality_test,
+)
+from sgd_jax.moments import GradientMoments, alignments, gradient_moments, merge_across
 from sgd_jax.networks import Layer, feedforward, init_network, weighted_input
+from sgd_jax.noise_scale import (
+    CurvatureNoiseScale,
+    NoiseParts,
+    NoiseScale,
+    curvature_noise_scale,
+    noise_scale,
+    two_batch_noise_parts,
+)
+from sgd_jax.noise_tracking import (
+    NoiseTrackingState,
+    noise_of_examples,
+    noise_of_parts,
+    noise_of_shards,
+    track_noise_scale,
+)
 from sgd_jax.per_example import (
+    ChunkedPerExampleGrads,
     PerExampleGrads,
     explain,
     per_example_grad,
     per_example_value_and_grad,
 )
+from sgd_jax.sampling import Sample
 from sgd_jax.sgd import SGDState, sgd
+from sgd_jax.subsets import SubsetErrors, subset_errors
 from sgd_jax.training import StepInfo, TrainState, init_state, make_epoch, make_step
 
 __all__ = [
+    "Anchor",
+    "ChunkedPerExampleGrads",
+    "CurvatureNoiseScale",
+    "GradientMoments",
     "Layer",
+    "NoiseParts",
+    "NoiseScale",
+    "NoiseTrackingState",
     "PerExampleGrads",
     "SGDState",
+    "Sample",
     "StepInfo",
+    "SubsetErrors",
     "TrainState",
     "__version__",
+    "adascale_gain",
+    "alignments",
+    "cabs_batch_size",
+    "control_variate",
     "cross_entropy_cost",
+    "curvature_noise_scale",
+    "difference",
+    "expected_cosine",
+    "expected_squared_error",
     "explain",
     "feedforward",
+    "gradient_diversity",
+    "gradient_moments",
+    "gradient_signal_to_noise",
     "init_network",
     "init_state",
+    "inner_product_test",
     "logit_cross_entropy_cost",
     "make_epoch",
     "make_step",
     "mean_cost",
+    "merge_across",
+    "neyman_allocation",
+    "noise_of_examples",
+    "noise_of_parts",
+    "noise_of_shards",
+    "noise_scale",
+    "norm_test",
+    "norm_test_batch_size",
+    "optimal_probabilities",
+    "orthogonality_test",
     "per_example_grad",
     "per_example_value_and_grad",
+    "proportional_allocation",
     "quadratic_cost",
+    "refresh",
     "sampling",
     "sgd",
+    "subset_errors",
+    "track_noise_scale",
+    "two_batch_noise_parts",
     "weighted_input",
 ]

@@ -300,6 +300,17 @@ def solved(draw):
     return fun, {"A": draw(3, 3), "b": draw(3)}, draw.batch(3)
 
 
+@architecture
+def shifted_weights(draw):
+    """Constants added to parameters and parameters taken from constants, as control variates do."""
+    A, B = draw(3, 3), draw(3, 3)
+
+    def fun(p, x):
+        return half_square(jnp.tanh((A + p["W"]) @ x)) - half_square((B - 2 * p["W"]).T @ x)
+
+    return fun, {"W": draw(3, 3)}, draw.batch(3)
+
+
 # Costs that do not meet the example, or only partly
 
 

@@ -10,7 +10,6 @@ import pytest
 import reference
 
 import sgd_jax as sj
-from sgd_jax import noise_scale as noise_scale_module
 from sgd_jax import sampling
 from sgd_jax.estimates import (
     adascale_gain,
@@ -27,6 +26,7 @@ from sgd_jax.estimates import (
 from sgd_jax.moments import gradient_moments
 from sgd_jax.noise_scale import (
     NoiseParts,
+    _jackknife,
     curvature_noise_scale,
     noise_scale,
     two_batch_noise_parts,
@@ -183,9 +183,7 @@ def leave_one_out_covariance(rows):
 
 
 def test_the_jackknife_is_that_of_leaving_each_example_out():
-    var_s, cov, var_u = noise_scale_module._jackknife(
-        ALL.squared_norms, ALL.alignments, ALL.squared_norm, None
-    )
+    var_s, cov, var_u = _jackknife(ALL.squared_norms, ALL.alignments, ALL.squared_norm, None)
     close([[var_s, cov], [cov, var_u]], leave_one_out_covariance(ROWS))
 
 
@@ -363,7 +361,7 @@ def assert_within(actual, expected, standard_error):
 def test_gaussian_linear_regression_has_its_closed_form():
     moments, _, trace, squared_norm = gaussian_regression()
     scale = noise_scale(moments)
-    var_trace, _, var_norm = noise_scale_module._jackknife(
+    var_trace, _, var_norm = _jackknife(
         moments.squared_norms, moments.alignments, moments.squared_norm, None
     )
     for actual, expected, variance in (

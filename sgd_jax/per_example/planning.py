@@ -115,7 +115,7 @@ class _Planner:
             if not flows:
                 results.append(Origin(Kind.CONSTANT, stacked=stacked))
                 continue
-            view = _view(eqn, k, [o.view for o in operands])
+            view = _shifted(eqn, operands) or _view(eqn, k, [o.view for o in operands])
             # A call of several parameters may return a view of one of them.
             shown = leaves if view is None else frozenset([view.leaf])
             results.append(Origin(Kind.PARAMETER, shown, view, stacked))
@@ -397,6 +397,17 @@ def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
+
+
+def _shifted(eqn: Any, operands: Sequence[Origin]) -> View | None:
+    """The view that a sum of a view and a constant makes: a shift leaves gradients alone."""
+    if eqn.primitive.name not in ("add", "sub"):
+        return None
+    for k, origin in enumerate(operands):
+        same_shape = eqn.invars[k].aval.shape == eqn.outvars[0].aval.shape
+        if origin.view is not None and operands[1 - k].kind is Kind.CONSTANT and same_shape:
+            return origin.view.scaled(-1.0 if eqn.primitive.name == "sub" and k else 1.0)
+    return None
 
 
 def _view(eqn: Any, output: int, views: Sequence[View | None]) -> View | None:
