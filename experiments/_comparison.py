@@ -1,5 +1,6 @@
 """The error of estimates of a gradient, predicted from moments and measured over many samples."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -145,8 +146,15 @@ class Errors(NamedTuple):
     """Of drawing one sample."""
 
 
-class Estimator:
-    """Measures the errors of samples, exactly: ‖Gᵀc − G‖² for the weights c of each.
+def measure(
+    target: Target,
+    full_gradient: Params,
+    examples: Examples,
+    draw: Callable[[Array], Sample],
+    key: Array,
+    num_draws: int,
+) -> Errors:
+    """Draws samples and measures their errors, exactly: ‖Gᵀc − G‖² for the weights c of each.
 
     Small samples are gathered and their gradients summed. For samples of a quarter of the examples
     or more the weights c are spread over all n, and the n gradients, taken once a block in chunks,
@@ -156,55 +164,50 @@ class Estimator:
       target: What is sampled.
       full_gradient: G, that of all examples; where ``target`` is a difference, not its mean.
       examples: All n.
+      draw: From a key to a sample.
+      key: Decides the samples.
+      num_draws: How many.
     """
-
-    def __init__(self, target: Target, full_gradient: Params, examples: Examples):
-        self._arguments = (target.params, target.moments.mean, full_gradient, examples)
-        self._n = len(examples.labels)
-        self._num_parameters = sum(leaf.size for leaf in jax.tree.leaves(target.params))
-        self._fun = target.fun
-        self._errors = jax.jit(self._errors_of_block)
-
-    def measure(self, draw: Callable[[Array], Sample], key: Array, num_draws: int) -> Errors:
-        """Draws ``num_draws`` samples and returns their errors."""
-        size = jax.eval_shape(draw, key).indices.shape[0]
-        each = 4 * (self._num_parameters + (0 if self._is_large(size) else 1000 * size))
-        block = max(1, min(256, num_draws, _BLOCK_BYTES // each))
-        keys = jax.random.split(key, (-(-num_draws // block), block))
-        draw_block = jax.jit(lambda keys: jax.lax.map(draw, keys)).lower(keys[0]).compile()
-        errors, seconds = [], 0.0
-        for block_keys in keys:
-            start = time.perf_counter()
-            samples = jax.block_until_ready(draw_block(block_keys))
-            seconds += time.perf_counter() - start
-            errors.append(jax.tree.map(np.asarray, self._errors(samples, *self._arguments)))
-        squared_error, inner = (
-            np.concatenate(parts)[:num_draws].astype(np.float64)
-            for parts in zip(*errors, strict=True)
+    size = jax.eval_shape(draw, key).indices.shape[0]
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(target.params))
+    each = 4 * num_parameters + (0 if _is_large(size, examples) else 4000 * size)
+    block = max(1, min(256, num_draws, _BLOCK_BYTES // each))
+    keys = jax.random.split(key, (-(-num_draws // block), block))
+    draw_block = jax.jit(lambda keys: jax.lax.map(draw, keys)).lower(keys[0]).compile()
+    errors, seconds = [], 0.0
+    for block_keys in keys:
+        start = time.perf_counter()
+        samples = jax.block_until_ready(draw_block(block_keys))
+        seconds += time.perf_counter() - start
+        found = _errors(
+            target.fun, target.params, target.moments.mean, full_gradient, examples, samples
         )
-        return Errors(squared_error, inner, seconds / keys.size)
+        errors.append([np.asarray(values, np.float64) for values in found])
+    squared_error, inner = (np.concatenate(part)[:num_draws] for part in zip(*errors, strict=True))
+    return Errors(squared_error, inner, seconds / keys.size)
 
-    def _is_large(self, size: int) -> bool:
-        return 4 * size >= self._n
 
-    def _errors_of_block(
-        self, samples: Sample, params: Params, mean: Params, full: Params, examples: Examples
-    ) -> tuple[Array, Array]:
-        if self._is_large(samples.indices.shape[1]):
-            grads = per_example_grad(self._fun, chunk_size=_CHUNK_SIZE)(params, examples)
-            estimates = jax.vmap(lambda sample: grads.sum(_spread(sample, self._n)))(samples)
-        else:
+def _is_large(size: int, examples: Examples) -> bool:
+    return 4 * size >= len(examples.labels)
 
-            def estimate(sample: Sample) -> Params:
-                return _gradient(self._fun, params, examples, sample)
 
-            estimates = jax.vmap(estimate)(samples)
+@functools.partial(jax.jit, static_argnums=0)
+def _errors(
+    fun: CostFn, params: Params, mean: Params, full: Params, examples: Examples, samples: Sample
+) -> tuple[Array, Array]:
+    """‖ĝ − mean‖² and ⟨ĝ − mean, full⟩ of each sample of a block."""
+    if _is_large(samples.indices.shape[1], examples):
+        grads = per_example_grad(fun, chunk_size=_CHUNK_SIZE)(params, examples)
+        n = len(examples.labels)
+        estimates = jax.vmap(lambda sample: grads.sum(_spread(sample, n)))(samples)
+    else:
+        estimates = jax.vmap(lambda sample: _gradient(fun, params, examples, sample))(samples)
 
-        def compare(estimate: Params) -> tuple[Array, Array]:
-            error = jax.tree.map(jnp.subtract, estimate, mean)
-            return tree_dot(error, error), tree_dot(error, full)
+    def compare(estimate: Params) -> tuple[Array, Array]:
+        error = jax.tree.map(jnp.subtract, estimate, mean)
+        return tree_dot(error, error), tree_dot(error, full)
 
-        return jax.vmap(compare)(estimates)
+    return jax.vmap(compare)(estimates)
 
 
 def _spread(sample: Sample, n: int) -> Array:
@@ -254,16 +257,16 @@ def seconds_per_gradient(target: Target, examples: Examples, size: int | None) -
     return min(times) / repeats
 
 
-def reshuffling_seconds(n: int, m: int) -> float:
-    """Returns the time it takes to draw one mini-batch as its share of reshuffling an epoch."""
-    draw = jax.jit(lambda key: sampling.epoch(key, n, m)).lower(jax.random.key(0)).compile()
+def reshuffling_seconds(n: int) -> float:
+    """Returns the time to reshuffle an epoch, for one example: m of them make a mini-batch."""
+    draw = jax.jit(lambda key: sampling.epoch(key, n, 1)).lower(jax.random.key(0)).compile()
     times = []
     for seed in range(3):
         key = jax.random.key(seed)
         start = time.perf_counter()
         jax.block_until_ready(draw(key))
         times.append(time.perf_counter() - start)
-    return min(times) / (n // m)
+    return min(times) / n
 
 
 def summarize(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import optax
@@ -36,6 +36,8 @@ class Config:
     seed: int = 0
     num_seeds: int = 1
     dtype: str = "float32"
+    track_noise: bool = False
+    noise_examples: int = 1000
     smoke: bool = False
 
     def __post_init__(self):
@@ -53,11 +55,19 @@ class Config:
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
             ("num_seeds", self.num_seeds >= 1, "a whole number of at least 1"),
             ("seed", 0 <= self.seed <= 2**32 - self.num_seeds, "seeds from 0 to 2³² − 1"),
+            ("noise_examples", self.noise_examples >= 3, "a whole number of at least 3"),
             ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
         ):
             if not is_good:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
         make_optimizer(self, num_examples=1)
+
+
+def read_config(stored: dict[str, Any]) -> Config:
+    """Returns the settings that `config.json` of a run holds; what it lacks has its default."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    given = {name: stored[name] for name in names if name in stored}
+    return Config(**{**given, "sizes": tuple(stored["sizes"])})
 
 
 def load(config: Config) -> data.Dataset:

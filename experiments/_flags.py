@@ -65,6 +65,19 @@ GROUPS: HelpGroups = {
             "sgd, or an optimizer of optax, such as adam; its other options stay as they are.",
         ),
     ),
+    "Gradient noise": (
+        flags.DEFINE_boolean(
+            "track_noise",
+            Config.track_noise,
+            "After each epoch measure the noise scale tr Σ/‖G‖² by gradients of single examples.",
+        ),
+        flags.DEFINE_integer(
+            "noise_examples",
+            Config.noise_examples,
+            "Training examples that it is measured on, drawn anew each time; the estimates are "
+            "unbiased, their interval is of 95 %.",
+        ),
+    ),
     "Seeds": (
         flags.DEFINE_integer(
             "seed", Config.seed, "Decides the first weights and the order of the examples."

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import _classifier, _recorded, train
-from experiments._config import Config, load, make_optimizer, resolve
+from experiments._config import Config, load, make_optimizer, read_config, resolve
 from experiments._recorded import Output
 from sgd_jax import data, runs
 from sgd_jax._typing import CostFn, Params
@@ -56,13 +56,12 @@ def read_run(
             "run of experiments.train, such as --run=runs/mine"
         )
     stored = folder.read_config()
-    names = [field.name for field in dataclasses.fields(Config)]
-    if not folder.checkpoints_path.is_dir() or not set(names) <= stored.keys():
+    if not folder.checkpoints_path.is_dir() or stored.get("experiment") != "train":
         raise FileNotFoundError(
             f"run is {path!r}, which holds no checkpoint of a training; expected the folder of a "
             "run of experiments.train"
         )
-    before = {name: stored[name] for name in names} | {"sizes": tuple(stored["sizes"])}
+    before = dataclasses.asdict(read_config(stored))
     seeds = range(before["seed"], before["seed"] + before["num_seeds"])
     seed = given.get("seed", seeds.start)
     if seed not in seeds:

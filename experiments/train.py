@@ -25,8 +25,8 @@ import jax
 import numpy as np
 
 import sgd_jax as sj
-from experiments import _classifier, _cli, _flags, _recorded
-from experiments._config import Config, load, make_optimizer, resolve
+from experiments import _classifier, _cli, _flags, _noise, _recorded
+from experiments._config import Config, load, make_optimizer, read_config, resolve
 from experiments._recorded import DivergenceError, Output
 from sgd_jax import data, runs
 
@@ -53,7 +53,8 @@ def run(
     """Trains, measuring before the first epoch and after each.
 
     A record holds `epoch` (0: before training; the book's "Epoch 0" is 1 here), what
-    `_classifier.make_programs` measures of the network at that moment, `seconds` of training in
+    `_classifier.make_programs` measures of the network at that moment and, with ``track_noise``,
+    `_noise.make_measurement`, `seconds` of training in
     the epoch, without compiling, measuring and saving, and `examples_per_second`, of all seeds
     together (None at epoch 0). For several seeds what is measured is a list in their order.
 
@@ -90,12 +91,23 @@ def run(
     )
     records = []
 
+    measure_noise = None
+    if config.track_noise:
+        measure_noise = _noise.make_measurement(
+            dataset,
+            cost=config.cost,
+            seeds=seeds,
+            dtype=np.dtype(config.dtype),
+            num_examples=config.noise_examples,
+        )
+
     def report(state: sj.TrainState, epoch: int, seconds: float) -> None:
         measured = programs.evaluate(state.params)
         _check_measured(measured, epoch, config)
+        noise = measure_noise(state.params, epoch) if measure_noise else {}
         speed = len(seeds) * n / seconds if epoch else None
         records.append(
-            {"epoch": epoch, **measured, "seconds": seconds, "examples_per_second": speed}
+            {"epoch": epoch, **measured, **noise, "seconds": seconds, "examples_per_second": speed}
         )
         on_epoch(state, records[-1])
 
@@ -148,8 +160,7 @@ def main() -> int:
         if stored is None:
             config = Config(**given)
         else:
-            names = [field.name for field in fields(Config)]
-            before = {name: stored[name] for name in names} | {"sizes": tuple(stored["sizes"])}
+            before = asdict(read_config(stored))
             config = Config(**_recorded.merge_settings(before, given, _FREE_TO_CHANGE))
             if _recorded.is_complete(output, config.epochs):
                 print(f"complete: {output.run_name} has trained its {config.epochs} epochs already")

@@ -42,8 +42,9 @@ def draw_learning_curve(path: Path, records: Sequence[Record], title: str) -> No
 
     With several seeds a line is the median, its band reaches from the least to the largest value.
     """
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    axes = figure.subplots(1, 3)
+    has_noise = "noise_scale" in records[0]
+    figure = Figure(figsize=(15 if has_noise else 12, 3.8), layout="constrained")
+    axes = figure.subplots(1, 4 if has_noise else 3)
     epochs = [record["epoch"] for record in records]
 
     def draw(axis: Any, name: str, color: str, label: str | None = None, scale: float = 1) -> None:
@@ -60,7 +61,11 @@ def draw_learning_curve(path: Path, records: Sequence[Record], title: str) -> No
     draw(axes[2], "gradient_norm", "#333333")
     num_seeds = len(per_seed(records[0]["accuracy_test"]))
     spread = f" (median, least to largest of {num_seeds} seeds)" if num_seeds > 1 else ""
-    for axis, label in zip(axes, ("mean cost", "accuracy in %", "‖∇C‖, training set"), strict=True):
+    labels = ["mean cost", "accuracy in %", "‖∇C‖, training set"]
+    if has_noise:
+        _draw_noise(axes[3], records)
+        labels.append("noise scale tr Σ/‖∇C‖², in examples")
+    for axis, label in zip(axes, labels, strict=True):
         axis.set_title(label, fontsize=11)
         axis.set_xlabel("epoch (0: before training)")
         axis.grid(alpha=0.3)
@@ -71,6 +76,29 @@ def draw_learning_curve(path: Path, records: Sequence[Record], title: str) -> No
     axes[1].legend(loc="lower right")
     figure.suptitle(title + spread, fontsize=12, parse_math=False)
     save_figure(path, figure)
+
+
+def _draw_noise(axis: Any, records: Sequence[Record]) -> None:
+    """Draws the noise scale with its interval; the median seed, and a gap where undetermined."""
+    epochs = [record["epoch"] for record in records]
+
+    def column(name: str) -> np.ndarray:
+        values = [per_seed(record[name]) for record in records]
+        table = np.array([[np.inf if v is None else v for v in row] for row in values])
+        middle = np.median(table, axis=1)
+        return np.where(np.isfinite(middle), middle, np.nan)
+
+    value, low, high = (column(f"noise_scale{end}") for end in ("", "_low", "_high"))
+    axis.plot(epochs, value, ".-", color="#228833", linewidth=1.5, markersize=4)
+    axis.fill_between(epochs, low, high, color="#228833", alpha=0.18, linewidth=0, label="95 %")
+    is_open = np.isnan(value)
+    if is_open.any():
+        axis.plot(
+            np.array(epochs)[is_open], low[is_open], "^", color="#888888", markersize=4,
+            label="at least this: undetermined",
+        )  # fmt: skip
+    axis.set_yscale("log")
+    axis.legend(loc="best", fontsize=8)
 
 
 def save_figure(path: Path, figure: Figure) -> None:

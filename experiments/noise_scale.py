@@ -1,0 +1,208 @@
+"""How does the gradient noise scale grow while a network learns?
+
+Trains the textbook network and measures, before the first epoch and after each, the simple noise
+scale B = tr Σ/‖G‖², the batch size at which noise and signal of a mini-batch gradient are alike, of
+the whole network and of each layer, with 95 % intervals, beside the accuracy. Where ‖G‖² cannot be
+told from zero B is undetermined: a gap in the curve, and only a lower end. Leaves table, figure and
+report in a run folder.
+"""
+
+import csv
+import dataclasses
+import io
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+
+import sgd_jax as sj
+from experiments import _cli, _flags, _recorded, _starting_point, train
+from experiments._config import Config
+from experiments._console import TableDisplay
+from experiments._recorded import Output
+from sgd_jax import data, runs
+
+_EPOCHS = 15
+_LAYER_COLORS = ("#ccaa22", "#aa3377", "#66ccee", "#cc3355")
+
+_NUM_MEASURED = flags.DEFINE_integer(
+    "num_measured",
+    0,
+    "Training examples measured, drawn anew each time, to estimate B of all n; 0: all of them, "
+    "taken for a sample of what they were drawn from.",
+)
+_OMITTED = ("num_seeds", "resume", "log_to", "track_noise", "noise_examples")
+GROUPS: _cli.HelpGroups = {
+    "Noise scale": (_NUM_MEASURED,),
+    **{
+        heading: tuple(holder for holder in holders if holder.name not in _OMITTED)
+        for heading, holders in _flags.GROUPS.items()
+        if heading != "Gradient noise"
+    },
+}
+
+_COLUMNS = (
+    ("epoch", "epoch", "{:d}"),
+    ("noise_scale", "B = tr Σ/‖G‖²", "{:,.1f}"),
+    ("noise_scale_low", "low", "{:,.1f}"),
+    ("noise_scale_high", "high", "{:,.1f}"),
+    ("noise_trace", "tr Σ", "{:.4g}"),
+    ("noise_squared_norm", "‖G‖²", "{:.3g}"),
+    ("cost_train", "cost", "{:.4g}"),
+    ("accuracy_train", "train", "{:.2%}"),
+    ("accuracy_test", "test", "{:.2%}"),
+)
+
+
+def run(config: Config, dataset: data.Dataset | None = None, **callbacks: Any) -> list[runs.Record]:
+    """Trains one network and returns the records of `train.run`, noise measured in each.
+
+    Args:
+      config: What to train; ``noise_examples`` says how many examples are measured.
+      dataset: Of examples; by default what `load` returns.
+      **callbacks: As `train.run` takes them.
+
+    Raises:
+      ValueError: more than one seed, or what `train.run` raises.
+    """
+    if config.num_seeds != 1:
+        raise ValueError(f"num_seeds is {config.num_seeds}; expected 1")
+    return train.run(dataclasses.replace(config, track_noise=True), dataset, **callbacks).records
+
+
+def labels(num_layers: int) -> list[str]:
+    """Returns the headings of the table."""
+    layers = [f"B, layer {k}" for k in range(1, num_layers + 1)]
+    return [label for _, label, _ in _COLUMNS] + layers
+
+
+def cells(record: runs.Record) -> list[str]:
+    """Returns a record as in the table, in the order of `labels`."""
+    shown = [(name, template) for name, _, template in _COLUMNS]
+    shown += [(name, "{:,.1f}") for name in _layers(record)]
+    missing = {"noise_scale_high": "∞"}
+    return [
+        missing.get(name, "undetermined") if record[name] is None else template.format(record[name])
+        for name, template in shown
+    ]
+
+
+def _layers(record: runs.Record) -> list[str]:
+    return [name for name in record if name.startswith("noise_scale_layer")]
+
+
+def draw(path: Path, records: list[runs.Record], title: str) -> None:
+    """Draws noise scale, its two parts and accuracy over the epochs into a PNG file."""
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    scale, parts, accuracy = figure.subplots(1, 3)
+    epochs = np.array([record["epoch"] for record in records])
+
+    def column(name: str) -> np.ndarray:
+        return np.array([np.nan if r[name] is None else r[name] for r in records], np.float64)
+
+    value, low, high = (column(f"noise_scale{end}") for end in ("", "_low", "_high"))
+    for name, color in zip(_layers(records[0]), _LAYER_COLORS * len(records), strict=False):
+        label = f"layer {name.removeprefix('noise_scale_layer')}"
+        scale.plot(epochs, column(name), lw=1, color=color, label=label)
+    scale.plot(epochs, value, "o-", ms=4, color="#228833", label="all parameters")
+    scale.fill_between(epochs, low, high, color="#228833", alpha=0.2, lw=0, label="95 %")
+    is_open = np.isnan(value)
+    if is_open.any():
+        scale.plot(
+            epochs[is_open], low[is_open], "^", ms=5, color="#888888",
+            label="undetermined:\nat least this",
+        )  # fmt: skip
+    scale.set_title("noise scale B = tr Σ/‖G‖², in examples", fontsize=11)
+    parts.plot(epochs, column("noise_trace"), "o-", ms=4, color="#4477aa", label="tr Σ")
+    squared_norm = column("noise_squared_norm")
+    squared_norm[(squared_norm <= 0) | is_open] = np.nan
+    parts.plot(epochs, squared_norm, "o-", ms=4, color="#cc3355", label="‖G‖², where it is not 0")
+    parts.set_title("its parts, estimated without bias", fontsize=11)
+    for axis in (scale, parts):
+        axis.set_yscale("log")
+    for split, color in (("train", "#4477aa"), ("validation", "#ccaa22"), ("test", "#cc3355")):
+        values = 100 * column(f"accuracy_{split}")
+        accuracy.plot(epochs, values, "o-", ms=3, color=color, label=split)
+    accuracy.set_title("accuracy in %", fontsize=11)
+    for axis in (scale, parts, accuracy):
+        axis.set_xlabel("epoch (0: before training)")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=13, parse_math=False)
+    runs.save_figure(path, figure)
+
+
+def main() -> int:
+    """Reads the flags, trains and measures, leaves the run folder; returns the exit code."""
+    began = time.perf_counter()
+    with _cli.user_errors():
+        given = _flags.given_settings(GROUPS)
+        output = Output(**{k: given.pop(k) for k in ("out_dir", "run_name") if k in given})
+        num_measured = given.pop("num_measured", 0)
+        if num_measured != 0 and num_measured < 3:
+            raise ValueError(f"num_measured is {num_measured}; expected 0, for all, or at least 3")
+        _recorded.read_stored(output)
+        config, dataset = _starting_point.prepare({"epochs": _EPOCHS} | given)
+        n = len(dataset.train.labels)
+        if num_measured > n:
+            raise ValueError(
+                f"num_measured is {num_measured}; expected at most {n}, the training examples, or 0"
+            )
+        config = dataclasses.replace(config, noise_examples=num_measured or n, track_noise=True)
+        settings = dataclasses.asdict(config)
+        folder, notes = _recorded.open_folder(output, settings, dataset, None, __file__)
+    records: list[runs.Record] = []
+    with TableDisplay(labels(len(config.sizes or ()) - 1), config.epochs, "epoch") as display:
+        for note in notes:
+            display.say(note)
+
+        def on_epoch(state: sj.TrainState, record: runs.Record) -> None:
+            del state
+            folder.append_metrics(record)
+            records.append(record)
+            display.add(cells(record), record["epoch"])
+
+        try:
+            run(config, dataset, on_epoch=on_epoch)
+        except ArithmeticError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    _write(folder, records, f"Gradient noise scale in training: {folder.path.name}")
+    print(f"{time.perf_counter() - began:.1f} s in all")
+    print(f"run folder: {folder.path}")
+    return 0
+
+
+def _write(folder: runs.RunFolder, records: list[runs.Record], title: str) -> None:
+    """Writes table, figure, report and, last of all, `summary.json`."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(records[0]))
+    writer.writeheader()
+    writer.writerows(records)
+    runs.write_text(folder.path / "table.csv", table.getvalue())
+    figure = folder.path / "figures" / "noise_scale.png"
+    draw(figure, records, title)
+    last = records[-1]
+    summary = {
+        "status": "complete",
+        "epochs": last["epoch"],
+        "num_undetermined": sum(record["noise_scale"] is None for record in records),
+        **{name: last[name] for name in last if name.startswith("noise_")},
+        "final_test_accuracy": last["accuracy_test"],
+    }
+    sections = {
+        "": runs.html_pairs(summary),
+        "Noise scale": runs.html_figure(figure, "noise scale over the epochs"),
+        "Table": runs.html_table(labels(len(_layers(last))), [cells(r) for r in records]),
+        "Settings": runs.html_pairs(folder.read_config()),
+    }
+    runs.write_page(folder.report_path, title, sections)
+    folder.write_summary(summary)
+
+
+if __name__ == "__main__":
+    _cli.start(main, __doc__ or "", GROUPS)
