@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from sgd_jax._typing import Examples, Params
 
@@ -31,12 +32,13 @@ def finite_float(name: str, value: Any, *, low: float, low_allowed: bool, high: 
     """
     if isinstance(value, jax.core.Tracer):
         return
+    wrong = TypeError(f"{name} must be one number, got {value!r} of type {type(value).__name__}")
+    if isinstance(value, (bool, np.bool_)):
+        raise wrong
     try:
         finite = math.isfinite(value)
     except TypeError as error:
-        raise TypeError(
-            f"{name} must be one number, got {value!r} of type {type(value).__name__}"
-        ) from error
+        raise wrong from error
     above = value >= low if low_allowed else value > low
     if not (finite and above and value < high):
         opening = "[" if low_allowed else "("

@@ -91,7 +91,8 @@ def make_step(
       fun: the cost of ONE example, ``(params, example) -> scalar``.
       optimizer: `sgd` or any optax optimizer.
       donate: give the buffers of the incoming state to the outgoing one. Saves one copy of params
-        and optimizer state; the state handed in must then not be used again.
+        and optimizer state; the state handed in must then not be used again, nor hold one array at
+        two places (copy it: XLA refuses to take a buffer twice).
       strategy: how per-example gradients are kept, see `per_example_value_and_grad`.
 
     Returns:
@@ -134,7 +135,7 @@ def make_epoch(
       fun: the cost of ONE example, ``(params, example) -> scalar``.
       optimizer: `sgd` or any optax optimizer.
       donate: give the buffers of the incoming state to the outgoing one; the state handed in must
-        then not be used again.
+        then not be used again, nor hold one array at two places.
       strategy: how per-example gradients are kept, see `per_example_value_and_grad`.
 
     Returns:
