@@ -1,6 +1,6 @@
 """The claims of scripts/benchmark.py: contenders agree, take turns, and are skipped by name."""
 
-import importlib.util
+import importlib
 import json
 import os
 import pathlib
@@ -12,15 +12,42 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "benchmark.py"
+SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _scripts_are_importable():
+    sys.path.insert(0, str(SCRIPTS))
+    yield
+    sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmark")
+
+
+@pytest.fixture(scope="module")
+def harness():
+    return importlib.import_module("suites.harness")
+
+
+@pytest.fixture(scope="module")
+def epoch():
+    return importlib.import_module("suites.epoch")
+
+
+@pytest.fixture(scope="module")
+def per_example():
+    return importlib.import_module("suites.per_example")
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return importlib.import_module("suites.problems")
+
+
+# The suite `epoch`
 
 
 def assert_contenders_agree(suite):
@@ -30,97 +57,237 @@ def assert_contenders_agree(suite):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
-def test_all_contenders_of_the_suite_epoch_compute_the_same(benchmark):
-    assert_contenders_agree(benchmark.epoch_suite(n=40))
+def test_all_contenders_of_the_suite_epoch_compute_the_same(epoch):
+    (suite,) = epoch.epoch_suites(n=40)
+    assert_contenders_agree(suite)
 
 
-def test_a_contender_that_takes_the_sum_for_the_mean_is_caught(benchmark, monkeypatch):
-    right = benchmark.numpy_batch
+def test_a_contender_that_takes_the_sum_for_the_mean_is_caught(epoch, monkeypatch):
+    right = epoch.numpy_batch
 
     def faulty(*arguments):
         sums = right(*arguments)
-        return [[benchmark.BATCH_SIZE * g for g in each] for each in sums]
+        return [[epoch.BATCH_SIZE * g for g in each] for each in sums]
 
-    monkeypatch.setattr(benchmark, "numpy_batch", faulty)
+    monkeypatch.setattr(epoch, "numpy_batch", faulty)
+    (suite,) = epoch.epoch_suites(n=40)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        assert_contenders_agree(benchmark.epoch_suite(n=40))
+        assert_contenders_agree(suite)
 
 
 @pytest.mark.mnist
-def test_the_suite_epoch_runs_on_mnist_and_says_so(benchmark):
-    suite = benchmark.epoch_suite(os.environ["SGD_JAX_MNIST_DIR"], n=40)
+def test_the_suite_epoch_runs_on_mnist_and_says_so(epoch):
+    (suite,) = epoch.epoch_suites(os.environ["SGD_JAX_MNIST_DIR"], n=40)
     assert "n = 40 (MNIST)" in suite.work
     assert_contenders_agree(suite)
 
 
-def logging_contenders(benchmark, log):
+# The suite `per_example`
+
+
+NETWORKS = {
+    "mlp": lambda problems: problems.mlp((6, 5, 4), 4),
+    "conv": lambda problems: problems.conv(8, (2, 3), 4),
+    "transformer": lambda problems: problems.transformer(4, 8, 2, 7, 4),
+    "transformer_untied": lambda problems: problems.transformer(4, 8, 2, 7, 4, tied=False),
+}
+
+
+def assert_ways_agree(per_example, harness, problem, ways):
+    @jax.jit
+    def ask_all(params, examples):
+        return [{q: f(params, examples) for q, f in way.items()} for way in ways]
+
+    ours, *others = ask_all(*problem.at)
+    for other in others:
+        for question, answer in other.items():
+            found, expected = per_example.read(answer), per_example.read(ours[question])
+            assert harness.relative_error(found, expected) < 1e-4, question
+    return ours
+
+
+def test_the_contenders_in_jax_answer_every_question_alike(per_example, problems, harness):
+    problem = NETWORKS["mlp"](problems)
+    ways = [
+        per_example.by_sgd_jax(problem, "auto"),
+        {per_example.MEAN: per_example.by_plain_gradient(problem)},
+        per_example.by_vmap(problem),
+        per_example.by_optax(problem),
+    ]
+    assert set(ways[0]) == set(ways[1]) | set(ways[2])
+    ours = assert_ways_agree(per_example, harness, problem, ways)
+    squared_norms = ours[per_example.NORMS][0]
+    assert 0 < np.sum(squared_norms > problem.max_norm**2) < len(squared_norms)
+
+
+@pytest.mark.parametrize("name", ["conv", "transformer"])
+def test_norms_of_the_other_networks_are_those_of_vmap(per_example, problems, harness, name):
+    problem = NETWORKS[name](problems)
+    ways = (per_example.by_sgd_jax(problem, "auto"), per_example.by_vmap(problem))
+    norms = [{per_example.NORMS: way[per_example.NORMS]} for way in ways]
+    assert_ways_agree(per_example, harness, problem, norms)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_contenders_in_pytorch_agree_or_are_left_out_with_their_reason(
+    per_example, problems, harness, name
+):
+    pytest.importorskip("torch")
+    suite = per_example.network_suite(NETWORKS[name](problems))
+    chosen = [c for c in suite.contenders if "torch" in c.needs or c.name == "sgd_jax"]
+    chosen = [c._replace(baseline=None) for c in chosen]
+    result = harness.measure(suite._replace(contenders=chosen, tolerance=2e-3), num_rounds=1)
+    reasons = ("Parameter tying is not supported", "BackPACK has no rule for LayerNorm")
+    assert all(r.startswith(reasons) for r in result["left_out"].values()), result["left_out"]
+    assert all(row["peak_bytes"] > 0 for row in result["rows"])
+
+
+def test_all_strategies_and_both_routes_of_the_small_tables_agree(per_example, harness):
+    tiny = per_example.tiny_suite(4, (6, 5, 4))
+    routes = per_example.routes_suite(4, 6, n=3, lengths=(2, 5))
+    for suite in (tiny, routes):
+        result = harness.measure(suite._replace(min_turn_seconds=0), num_rounds=1)
+        assert not result["left_out"]
+    chosen = [row["contender"] for row in result["rows"] if "chosen" in row["contender"]]
+    assert chosen == ["Gram route, chosen", "outer-product route, chosen"]
+
+
+def test_memory_is_what_is_in_between_and_what_comes_out(per_example):
+    x = jnp.ones(1000, jnp.float32)
+    prepared = per_example.compiled(lambda x: jnp.sort(x) + x, x)
+    assert prepared.peak_bytes >= x.nbytes
+    np.testing.assert_array_equal(prepared.run(), np.full(1000, 2.0))
+
+
+# The harness
+
+
+def logging_contenders(harness, log):
     def contender(name, **options):
         def run():
             log.append(name)
             return jnp.zeros(1)
 
-        return benchmark.Contender(name, lambda: run, **options)
+        return harness.Contender(name, lambda: run, **options)
 
     return [contender("ours"), contender("theirs"), contender("slow", max_rounds=1)]
 
 
-def test_contenders_warm_up_and_then_take_turns_in_alternating_order(benchmark):
+def quiet_suite(harness, log=None, **options):
+    contenders = logging_contenders(harness, [] if log is None else log)
+    return harness.Suite("none", "nothing", contenders, **options)
+
+
+def markdown(harness, result):
+    return harness.as_markdown([result], harness.circumstances())
+
+
+def test_contenders_warm_up_and_then_take_turns_in_alternating_order(harness):
     log = []
-    timings = benchmark.time_in_turns(logging_contenders(benchmark, log), num_rounds=3)
+    timings = harness.time_in_turns(quiet_suite(harness, log), num_rounds=3)
     warm_up = ["ours", "theirs"]
     assert log == [*warm_up, "ours", "theirs", "slow", "theirs", "ours", "ours", "theirs"]
     assert [len(timing.seconds) for timing in timings] == [3, 3, 1]
 
 
-def test_timings_are_seconds_and_ratios_are_to_the_first(benchmark, monkeypatch):
+def test_timings_are_seconds_and_ratios_are_to_the_first(harness, monkeypatch):
     clock = iter([0.0, 2.0, 10.0, 15.0, 20.0, 20.5])  # start and end of each run
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
-    suite = benchmark.Suite("nothing", logging_contenders(benchmark, []))
-    result = benchmark.measure("none", suite, num_rounds=1)
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    result = harness.measure(quiet_suite(harness), num_rounds=1)
     assert [row["median_seconds"] for row in result["rows"]] == [2.0, 5.0, 0.5]
     assert [row["ratio"] for row in result["rows"]] == [1.0, 2.5, 0.25]
-    assert "| 2.50 | theirs | 5 | 5 to 5 | 1 |" in benchmark.as_markdown(result)
+    assert "| 2.50 | 2.50 | theirs | 5 | 5 to 5 | 1 |" in markdown(harness, result)
 
 
-def test_a_contender_without_its_library_is_skipped_by_name(benchmark):
+def test_a_ratio_is_to_the_baseline_that_a_contender_names(harness, monkeypatch):
+    clock = iter([0.0, 2.0, 10.0, 15.0, 20.0, 20.5])
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    suite = quiet_suite(harness)
+    contenders = [c._replace(question="speed", baseline=("theirs", "speed")) for c in suite[2]]
+    result = harness.measure(suite._replace(contenders=contenders), num_rounds=1)
+    assert [row["ratio"] for row in result["rows"]] == [0.4, 1.0, 0.1]
+    assert "Ratios are to theirs." in markdown(harness, result)
+
+
+def test_a_turn_repeats_short_work_and_long_work_stops_early(harness, monkeypatch):
+    clock = iter([0.0, 2.0, 2.0, 5.0, 10.0, 20.0])
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    suite = quiet_suite(harness, min_turn_seconds=4.0, max_seconds=5.0)
+    suite = suite._replace(contenders=suite.contenders[:2])
+    timings = harness.time_in_turns(suite, num_rounds=3)
+    assert [timing.seconds for timing in timings] == [[2.0, 3.0], [10.0]]
+
+
+def test_a_contender_with_another_answer_is_left_out_by_name(harness):
+    def contender(name, value, question):
+        return harness.Contender(name, lambda: lambda: np.array([1.0, value]), question=question)
+
+    contenders = [contender("ours", 2.0, "a"), contender("wrong", 2.001, "a")]
+    contenders += [contender("near", 2.0001, "a"), contender("other question", 3.0, "b")]
+    suite = harness.Suite("none", "nothing", contenders, read=lambda answer: [answer])
+    result = harness.measure(suite, num_rounds=1)
+    assert [row["contender"] for row in result["rows"]] == ["ours", "near", "other question"]
+    reason = "its answer is another one, by 0.0005 relative"
+    assert result["left_out"] == {"wrong: a": reason}
+    assert f"Left out: wrong: a; {reason}." in markdown(harness, result)
+
+
+def test_a_contender_whose_library_cannot_do_the_work_is_left_out_with_its_reason(harness):
+    def make():
+        raise NotImplementedError("no rule for LayerNorm")
+
+    suite = quiet_suite(harness)
+    contenders = [*suite.contenders, harness.Contender("a peer", make)]
+    result = harness.measure(suite._replace(contenders=contenders), num_rounds=1)
+    assert result["left_out"] == {"a peer": "no rule for LayerNorm"}
+
+
+def test_vectors_are_compared_entry_by_entry_and_other_arrays_by_norm(harness):
+    a, b = np.array([1.0, 100.0]), np.array([1.1, 100.0])
+    assert harness.relative_error([b], [a]) == pytest.approx(0.1)
+    assert harness.relative_error([b[None]], [a[None]]) == pytest.approx(0.1 / np.hypot(1, 100))
+    assert harness.relative_error([a], [a[None]]) == float("inf")
+    assert not harness.relative_error([a * np.nan], [a]) <= 1
+
+
+def test_a_contender_without_its_library_is_skipped_by_name(harness):
     def never():
         raise AssertionError("made without its library")
 
-    absent = benchmark.Contender("a peer", never, needs=("numpy", "no_such_library"))
-    suite = benchmark.Suite("nothing", [*logging_contenders(benchmark, []), absent])
-    result = benchmark.measure("none", suite, num_rounds=1)
+    absent = harness.Contender("a peer", never, needs=("numpy", "no_such_library"))
+    suite = quiet_suite(harness)
+    result = harness.measure(suite._replace(contenders=[*suite.contenders, absent]), num_rounds=1)
     assert result["skipped"] == {"a peer": ["no_such_library"]}
-    assert "Skipped: a peer, for want of no_such_library." in benchmark.as_markdown(result)
+    assert "Skipped: a peer, for want of no_such_library." in markdown(harness, result)
     assert "a peer" not in [row["contender"] for row in result["rows"]]
 
 
-def test_a_result_names_device_versions_and_cores(benchmark):
-    suite = benchmark.Suite("nothing", logging_contenders(benchmark, []))
-    result = json.loads(json.dumps(benchmark.measure("none", suite, num_rounds=1)))
-    assert result["device"].startswith(jax.devices()[0].platform)
-    assert result["versions"]["jax"] == jax.__version__
-    assert result["num_cores"] >= 1
-    table = benchmark.as_markdown(result)
+def test_the_circumstances_name_device_versions_and_cores(harness):
+    where = json.loads(json.dumps(harness.circumstances()))
+    assert where["device"].startswith(jax.devices()[0].platform)
+    assert where["versions"]["jax"] == jax.__version__
+    assert where["num_cores"] >= 1
+    table = harness.as_markdown([], where)
     assert f"jax {jax.__version__}" in table
-    assert f"{result['num_cores']} cores" in table
+    assert f"{where['num_cores']} cores" in table
 
 
-def test_no_rounds_are_refused(benchmark):
+def test_no_rounds_are_refused(harness):
     with pytest.raises(ValueError, match="num_rounds must be at least 1, got 0"):
-        benchmark.time_in_turns(logging_contenders(benchmark, []), num_rounds=0)
+        harness.time_in_turns(quiet_suite(harness), num_rounds=0)
 
 
-def test_a_result_is_written_as_json_and_as_the_table(benchmark, tmp_path):
-    suite = benchmark.Suite("nothing", logging_contenders(benchmark, []))
-    result = benchmark.measure("epoch", suite, num_rounds=2)
-    benchmark.write(result, tmp_path / "new" / "folder")
-    assert json.loads((tmp_path / "new" / "folder" / "epoch.json").read_text()) == result
-    table = (tmp_path / "new" / "folder" / "epoch.md").read_text()
-    assert table == benchmark.as_markdown(result) + "\n"
+def test_results_are_written_as_json_and_as_tables(benchmark, harness, tmp_path):
+    results = [harness.measure(quiet_suite(harness), num_rounds=2) for _ in range(2)]
+    where, folder = harness.circumstances(), tmp_path / "new" / "folder"
+    benchmark.write("epoch", results, where, folder)
+    assert json.loads((folder / "epoch.json").read_text()) == where | {"tables": results}
+    assert (folder / "epoch.md").read_text() == harness.as_markdown(results, where) + "\n"
 
 
 def test_the_program_refuses_a_bad_flag_by_name():
-    command = [sys.executable, SCRIPT, "--num_rounds=0"]
+    command = [sys.executable, SCRIPTS / "benchmark.py", "--num_rounds=0"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode != 0
     assert "flag --num_rounds=0" in finished.stderr

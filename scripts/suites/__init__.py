@@ -1,0 +1,1 @@
+"""The suites of scripts/benchmark.py, and the harness that times them."""
