@@ -16,6 +16,9 @@ show. About two minutes on two cores.
 library's to its own. PyTorch, Opacus and BackPACK take part where they are installed. About fifteen
 minutes on two cores; --tables=mlp,conv takes some of its tables.
 
+`moments`: moments of 50,000 gradients of the textbook network; ratios to the full gradient alone.
+About a minute on two cores.
+
 A suite is one function that returns a list of `Suite`, named in `SUITES`.
 """
 
@@ -26,9 +29,10 @@ from pathlib import Path
 from absl import app, flags
 from suites import harness
 from suites.epoch import epoch_suites
+from suites.moments import moments_suites
 from suites.per_example import per_example_suites
 
-SUITES = {"epoch": epoch_suites, "per_example": per_example_suites}
+SUITES = {"epoch": epoch_suites, "per_example": per_example_suites, "moments": moments_suites}
 
 
 def write(name: str, results: list[dict], where: dict, folder: Path) -> None:

@@ -153,6 +153,13 @@ def test_all_strategies_and_both_routes_of_the_small_tables_agree(per_example, h
     assert chosen == ["Gram route, chosen", "outer-product route, chosen"]
 
 
+def test_the_contenders_of_the_suite_moments_agree(harness):
+    (suite,) = importlib.import_module("suites.moments").moments_suites(n=20)
+    result = harness.measure(suite, num_rounds=1)
+    assert not result["left_out"]
+    assert len(result["rows"]) == len(suite.contenders) == 5
+
+
 def test_memory_is_what_is_in_between_and_what_comes_out(per_example):
     x = jnp.ones(1000, jnp.float32)
     prepared = per_example.compiled(lambda x: jnp.sort(x) + x, x)
