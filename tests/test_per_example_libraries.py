@@ -72,6 +72,7 @@ def test_flax_linen():
     assert not compare(fun, draw_like(params), examples, TOLERANCES[jnp.float64])
 
 
+@pytest.mark.slow
 def test_flax_linen_scan_and_attention():
     nn = pytest.importorskip("flax.linen")
 
@@ -144,8 +145,8 @@ def test_optax_steps_on_the_mean_of_g():
     fun, params, examples = architectures.make("sigmoid_mlp")
     optimizer = optax.adam(0.1)
     state = optimizer.init(params)
-    mean = sj.per_example_grad(fun)(params, examples).mean()
-    gradient = jax.grad(sj.mean_cost(fun))(params, examples)
+    mean = jax.jit(lambda *at: sj.per_example_grad(fun)(*at).mean())(params, examples)
+    gradient = jax.jit(jax.grad(sj.mean_cost(fun)))(params, examples)
     ours, _ = optimizer.update(mean, state, params)
     plain, _ = optimizer.update(gradient, state, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), ours, plain)

@@ -77,7 +77,7 @@ KEPT = ("materialize", "weighted sum", "squared norms", "second moment", "inner 
 
 
 @given(programs)
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_programs_at_random(program):
     draw = architectures.Draw(num_examples=3)
     params = {"matrix": draw(D, D), "stack": draw(2, D, D), "wide": draw(D, 5), "flat": draw(D * D)}

@@ -133,6 +133,30 @@ def test_statistics_are_differentiable_in_the_parameters(name):
     assert_close(found, expected, rtol=1e-9)
 
 
+@pytest.mark.xfail(strict=True, reason="the rule's own use of the parameter is held fixed")
+def test_statistics_are_differentiable_through_a_custom_rule_that_computes_with_the_parameter():
+    @jax.custom_jvp
+    def sine_product(w, x):
+        return jnp.sin(w) @ x
+
+    @sine_product.defjvp
+    def _(primals, tangents):
+        (w, x), (dw, dx) = primals, tangents
+        return sine_product(w, x), (dw * jnp.cos(w)) @ x + jnp.sin(w) @ dx
+
+    def fun(w, x):
+        return architectures.half_square(sine_product(w, x))
+
+    def total(w):
+        return jnp.sum(sj.per_example_grad(fun)(w, x).squared_norms())
+
+    def total_by_vmap(w):
+        return jnp.sum(jnp.square(jax.vmap(jax.grad(fun), in_axes=(None, 0))(w, x)))
+
+    w, x = architectures.Draw()(3, 3), architectures.Draw().batch(3)
+    assert_close(jit(jax.grad(total))(w), jit(jax.grad(total_by_vmap))(w), rtol=1e-9)
+
+
 def test_a_second_call_does_not_trace_again():
     cost, params, examples = architectures.make("sigmoid_mlp")
     traces = []
