@@ -28,9 +28,10 @@ class Programs(NamedTuple):
 
     init: Callable[[], sj.TrainState]
     """The states before the first step."""
-    epoch: Callable[[sj.TrainState, int], tuple[sj.TrainState, Array]]
-    """From the states and the number of the epoch to the states after it and the cost of each
-    mini-batch, (num_seeds, steps). The states given are used up."""
+    make_epoch: Callable[[int], Callable[[sj.TrainState, int], tuple[sj.TrainState, Array]]]
+    """From the batch size to an epoch, compiled once for each size: from the states and the number
+    of the epoch to the states after it and the cost of each mini-batch, (num_seeds, steps). The
+    states given are used up."""
     evaluate: Callable[[Params], dict[str, Any]]
     """From params to what is measured: Python numbers by name, lists of them for several seeds."""
 
@@ -42,7 +43,6 @@ def make_programs(
     sizes: tuple[int, ...],
     cost: Cost,
     init: InitScheme,
-    batch_size: int,
     seeds: range,
     dtype: jax.typing.DTypeLike,
 ) -> Programs:
@@ -66,7 +66,7 @@ def make_programs(
     keys, init_all = make_init(optimizer, sizes=sizes, init=init, seeds=seeds, dtype=dtype)
 
     def train(
-        state: sj.TrainState, keys: Array, number: Array, examples: Examples
+        batch_size: int, state: sj.TrainState, keys: Array, number: Array, examples: Examples
     ) -> tuple[sj.TrainState, Array]:
         def train_one(state: sj.TrainState, keys: Array) -> tuple[sj.TrainState, Array]:
             key = jax.random.fold_in(keys[1], number)
@@ -95,7 +95,15 @@ def make_programs(
     init_fn = jax.jit(init_all).lower(keys).compile()
     state = jax.eval_shape(init_all, keys)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    train_fn = jax.jit(train, donate_argnums=0).lower(state, keys, number, data["train"]).compile()
+    train_fn = jax.jit(train, static_argnums=0, donate_argnums=1)
+
+    @functools.cache
+    def make_epoch(
+        batch_size: int,
+    ) -> Callable[[sj.TrainState, int], tuple[sj.TrainState, Array]]:
+        compiled = train_fn.lower(batch_size, state, keys, number, data["train"]).compile()
+        return lambda state, number: compiled(state, keys, np.int32(number), data["train"])
+
     measure_fn = jax.jit(norms).lower(state.params, data).compile()
     sizes_of_classes = {
         name: np.bincount(getattr(dataset, name).labels, minlength=dataset.num_classes)
@@ -103,7 +111,7 @@ def make_programs(
     }
     return Programs(
         init=lambda: init_fn(keys),
-        epoch=lambda state, number: train_fn(state, keys, np.int32(number), data["train"]),
+        make_epoch=make_epoch,
         evaluate=lambda params: _to_columns(measure_fn(params, data), sizes_of_classes),
     )
 

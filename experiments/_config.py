@@ -14,6 +14,7 @@ from sgd_jax.networks import InitScheme
 NUM_HIDDEN = 30
 SMOKE_EPOCHS = 2
 _SMOKE_EXAMPLES = 200
+ADAPTIVE_RULES = ("norm_test", "cabs")
 DTYPES = ("float32", "float64")
 
 
@@ -27,6 +28,7 @@ class Config:
     cost: _classifier.Cost = "quadratic"
     init: InitScheme = "scaled"
     batch_size: int = 10
+    adaptive: str | None = None
     learning_rate: float = 3.0
     epochs: int = 30
     momentum: float = 0.0
@@ -49,6 +51,11 @@ class Config:
             ("cost", self.cost in costs, f"one of {', '.join(costs)}"),
             ("init", self.init in schemes, f"one of {', '.join(schemes)}"),
             ("batch_size", self.batch_size >= 0, "at least 1, or 0 (full) for gradient descent"),
+            (
+                "adaptive",
+                self.adaptive in (None, *ADAPTIVE_RULES),
+                f"one of {', '.join(ADAPTIVE_RULES)}",
+            ),
             ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
             ("epochs", self.epochs >= 0, "a whole number of at least 0"),
             ("momentum", 0 <= self.momentum < 1, "a number in [0, 1)"),
@@ -60,6 +67,11 @@ class Config:
         ):
             if not is_good:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+        if self.adaptive and self.num_seeds > 1:
+            raise ValueError(
+                f"num_seeds is {self.num_seeds}; expected 1 with an adaptive batch size, which is "
+                "that of one network"
+            )
         make_optimizer(self, num_examples=1)
 
 

@@ -41,7 +41,10 @@ GROUPS: HelpGroups = {
         flags.DEFINE_string(
             "batch_size",
             str(Config.batch_size),
-            "Examples per step; 0 or full: all of them, which is gradient descent.",
+            "Examples per step; 0 or full: all of them, which is gradient descent. "
+            "adaptive:norm_test or adaptive:cabs: begins with "
+            f"{Config.batch_size} and is doubled between epochs while it is below what the norm "
+            "test (tr Σ/‖G‖²) or CABS (η tr Σ/C) asks for, as measured on --noise_examples.",
         ),
         flags.DEFINE_float(
             "learning_rate", Config.learning_rate, "η, times the mean gradient of a mini-batch."
@@ -121,6 +124,8 @@ def given_settings(groups: HelpGroups = GROUPS) -> dict[str, Any]:
     given = {holder.name: holder.value for holder in holders if holder.present}
     if unread := sorted(given.keys() - known):
         raise ValueError(f"--{unread[0]} means nothing to this program; leave it out. See --help")
+    if given.get("batch_size", "").startswith("adaptive:"):
+        given["adaptive"] = given.pop("batch_size").removeprefix("adaptive:")
     for name, parse in (("sizes", _parse_sizes), ("batch_size", _parse_batch_size)):
         if name in given:
             given[name] = parse(given[name])
@@ -146,4 +151,7 @@ def _parse_batch_size(text: str) -> int:
     try:
         return 0 if text == "full" else int(text)
     except ValueError as error:
-        raise ValueError(f"batch_size is {text!r}; expected a whole number, or full") from error
+        raise ValueError(
+            f"batch_size is {text!r}; expected a whole number, full, or adaptive:norm_test or "
+            "adaptive:cabs"
+        ) from error

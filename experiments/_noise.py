@@ -1,6 +1,7 @@
 """The gradient noise scale of networks in training, measured between epochs."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax
 import numpy as np
 
 from experiments import _classifier
-from sgd_jax import data, sampling
+from experiments._config import Config
+from sgd_jax import data, runs, sampling
 from sgd_jax._typing import Array, Params
 from sgd_jax.moments import gradient_moments
 from sgd_jax.noise_scale import NoiseParts, NoiseScale, noise_scale
@@ -91,3 +93,32 @@ def make_measurement(
         return {name: v if len(v) > 1 else v[0] for name, v in lists.items()}
 
     return to_record
+
+
+def grow_batch_size(config: Config, record: runs.Record, n: int) -> int:
+    """Returns the batch size of the next epoch: that of the last, or twice as many.
+
+    It is doubled where it is below what the rule asks for and does not exceed n/2, and never falls:
+    at most log₂(n/first) programs are compiled, and one noisy measurement cannot run away with it.
+    The rules, by the unbiased estimates of tr Σ and ‖G‖² in the record::
+
+        norm_test   tr Σ/‖G‖²    the error of a mini-batch gradient is at most as long as G (θ = 1)
+        cabs        η tr Σ/C     C the mean cost of the training examples, η the learning rate
+
+    Where ‖G‖² is not above 0, the norm test asks for more than there is. Everything comes from the
+    record of the epoch before, so a run that is resumed goes on alike.
+
+    Args:
+      config: With ``adaptive``, of one seed.
+      record: Of the epoch before.
+      n: Number of training examples.
+
+    Source: Byrd, Chin, Nocedal and Wu 2012; Balles, Romero and Hennig 2017 (arXiv 1612.05086).
+    """
+    trace, squared_norm = record["noise_trace"], record["noise_squared_norm"]
+    if config.adaptive == "cabs":
+        wanted = config.learning_rate * trace / record["cost_train"]
+    else:
+        wanted = trace / squared_norm if squared_norm > 0 else math.inf
+    size = record["batch_size"]
+    return 2 * size if size < wanted and 2 * size <= n else size

@@ -54,9 +54,10 @@ def run(
 
     A record holds `epoch` (0: before training; the book's "Epoch 0" is 1 here), what
     `_classifier.make_programs` measures of the network at that moment and, with ``track_noise``,
-    `_noise.make_measurement`, `seconds` of training in
-    the epoch, without compiling, measuring and saving, and `examples_per_second`, of all seeds
-    together (None at epoch 0). For several seeds what is measured is a list in their order.
+    `_noise.make_measurement`, `seconds` of training in the epoch, without compiling, measuring and
+    saving, and `examples_per_second`, of all seeds together (None at epoch 0). With ``adaptive`` it
+    also holds `batch_size`, that of the epoch; `_noise.grow_batch_size` makes the next from the
+    record. For several seeds what is measured is a list in their order.
 
     Args:
       config: What to train.
@@ -85,14 +86,13 @@ def run(
         sizes=config.sizes or (),
         cost=config.cost,
         init=config.init,
-        batch_size=config.batch_size or n,
         seeds=seeds,
         dtype=np.dtype(config.dtype),
     )
     records = []
 
     measure_noise = None
-    if config.track_noise:
+    if config.track_noise or config.adaptive:
         measure_noise = _noise.make_measurement(
             dataset,
             cost=config.cost,
@@ -104,26 +104,34 @@ def run(
     def report(state: sj.TrainState, epoch: int, seconds: float) -> None:
         measured = programs.evaluate(state.params)
         _check_measured(measured, epoch, config)
-        noise = measure_noise(state.params, epoch) if measure_noise else {}
+        if measure_noise:
+            measured |= measure_noise(state.params, epoch)
+        if config.adaptive:
+            measured["batch_size"] = batch_size
         speed = len(seeds) * n / seconds if epoch else None
         records.append(
-            {"epoch": epoch, **measured, **noise, "seconds": seconds, "examples_per_second": speed}
+            {"epoch": epoch, **measured, "seconds": seconds, "examples_per_second": speed}
         )
         on_epoch(state, records[-1])
 
+    batch_size = config.batch_size or n
     state = programs.init()
     snapshot = restore(state)
     if snapshot is None:
-        done = 0
         report(state, 0, 0.0)
+        last = records[-1]
     else:
-        done, state = snapshot.epoch, snapshot.state
-    for epoch in range(done + 1, config.epochs + 1):
+        last, state = snapshot.record, snapshot.state
+    for epoch in range(last["epoch"] + 1, config.epochs + 1):
+        if config.adaptive:
+            batch_size = _noise.grow_batch_size(config, last, n)
+        run_epoch = programs.make_epoch(batch_size)
         start = time.perf_counter()
-        state, costs = jax.block_until_ready(programs.epoch(state, epoch))
+        state, costs = jax.block_until_ready(run_epoch(state, epoch))
         seconds = time.perf_counter() - start
         _check_costs(np.asarray(costs), epoch, config)
         report(state, epoch, seconds)
+        last = records[-1]
     return Result(state, records)
 
 

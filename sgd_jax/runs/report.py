@@ -97,6 +97,9 @@ def _draw_noise(axis: Any, records: Sequence[Record]) -> None:
             np.array(epochs)[is_open], low[is_open], "^", color="#888888", markersize=4,
             label="at least this: undetermined",
         )  # fmt: skip
+    if "batch_size" in records[0]:
+        sizes = [record["batch_size"] for record in records]
+        axis.step(epochs, sizes, where="pre", color="#333333", linewidth=1.2, label="batch size")
     axis.set_yscale("log")
     axis.legend(loc="best", fontsize=8)
 
