@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 
 from sgd_jax._typing import PyTree
 from sgd_jax.runs.folder import Record
@@ -116,8 +117,7 @@ def read_checkpoint(path: Path, like: PyTree) -> Snapshot:
     if not epochs:
         raise FileNotFoundError(f"{path} holds no checkpoint")
     checkpoint = (path / str(epochs[0])).absolute()
-    with ocp.StandardCheckpointer() as reader:
-        metadata = reader.metadata(checkpoint / _STATE)
+    metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint / _STATE)).tree
     saved, wanted = (
         {f"{name} {leaf.dtype}{tuple(leaf.shape)}" for name, leaf in leaves.items()}
         for leaves in (metadata, _named_leaves(like))

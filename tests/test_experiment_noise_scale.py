@@ -1,0 +1,190 @@
+"""The noise scale in training: as defined, resumable, and what a batch size makes of it."""
+
+import csv
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+import sgd_jax as sj
+from experiments import _classifier, _noise, _starting_point, noise_scale, train
+from experiments._config import Config, load
+from sgd_jax import runs
+
+N = 200  # training examples of the digits with --smoke
+SEEDS = range(3, 5)
+
+
+def call(program, *arguments):
+    """Runs a program in this process on few digits, in float64, and returns its exit code."""
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["program", "--smoke", "--dtype=float64", *arguments])
+    try:
+        return program.main()
+    except SystemExit as leaving:
+        return leaving.code
+
+
+def measurement(num_examples, seeds=SEEDS):
+    dataset = load(Config(smoke=True))
+    return dataset, _noise.make_measurement(
+        dataset, cost="quadratic", seeds=seeds, dtype=np.float64, num_examples=num_examples
+    )
+
+
+def networks(seeds=SEEDS):
+    optimizer = sj.sgd(1.0)
+    keys, init_all = _classifier.make_init(
+        optimizer, sizes=(64, 5, 10), init="normal", seeds=seeds, dtype=np.float64
+    )
+    return init_all(keys).params
+
+
+def gradients(dataset, params):
+    """Returns G of one network, rows of examples, by layer: [(n, p_1), (n, p_2)]."""
+    fun, _ = _classifier.example_functions(
+        "quadratic", dataset.num_classes, dataset.scale, np.float64
+    )
+    grads = jax.vmap(jax.grad(fun), in_axes=(None, 0))(params, dataset.train)
+    return [
+        np.concatenate([np.reshape(leaf, (N, -1)) for leaf in layer], axis=1) for layer in grads
+    ]
+
+
+def parts(matrix):
+    """Returns tr Σ and ‖G‖² of rows, with 1/n."""
+    mean = matrix.mean(axis=0)
+    return np.mean(np.sum((matrix - mean) ** 2, axis=1)), np.sum(mean**2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("runs")
+    assert call(noise_scale, f"--out_dir={out_dir}", "--run_name=one") == 0
+    return out_dir / "one"
+
+
+def test_all_examples_give_the_unbiased_parts_by_definition_for_every_seed_and_layer():
+    dataset, measure = measurement(N)
+    params = networks()
+    record = measure(params, 0)
+    for index in range(len(SEEDS)):
+        layers = gradients(dataset, jax.tree.map(lambda leaf, i=index: leaf[i], params))
+        for name, matrix in (
+            ("noise_scale", np.concatenate(layers, axis=1)),
+            ("noise_scale_layer1", layers[0]),
+            ("noise_scale_layer2", layers[1]),
+        ):
+            trace, squared_norm = parts(matrix)
+            s2 = trace * N / (N - 1)
+            assert record[name][index] == pytest.approx(s2 / (squared_norm - s2 / N)), name
+            assert record[name][index] != pytest.approx(trace / squared_norm, rel=1e-6)
+        assert record["noise_scale_low"][index] < record["noise_scale"][index]
+        assert record["noise_scale"][index] < record["noise_scale_high"][index]
+
+
+def test_subsets_estimate_the_parts_of_all_training_examples_without_bias():
+    seeds = range(SEEDS.start, SEEDS.start + 1)
+    dataset, measure = measurement(20, seeds)
+    params = networks(seeds)
+    matrix = np.concatenate(gradients(dataset, jax.tree.map(lambda leaf: leaf[0], params)), axis=1)
+    records = [measure(params, epoch) for epoch in range(200)]
+    for name, truth in zip(("noise_trace", "noise_squared_norm"), parts(matrix), strict=True):
+        values = np.array([record[name] for record in records])
+        error = values.std(ddof=1) / np.sqrt(len(values))
+        assert abs(values.mean() - truth) < 5 * error
+        assert abs(values.mean() - 1.5 * truth) > 5 * error
+        assert abs(values.mean() - truth / 1.5) > 5 * error
+    assert measure(params, 7) == records[7]
+    assert measure(params, 8) != records[7]
+
+
+def test_the_experiment_leaves_records_table_figure_and_report(folder):
+    records = runs.RunFolder(folder).read_metrics()
+    with open(folder / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert [float(row["noise_trace"]) for row in rows] == [r["noise_trace"] for r in records]
+    report = (folder / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 1
+    for label in noise_scale.labels(2):
+        assert f"<th>{label}</th>" in report
+    summary = json.loads((folder / "summary.json").read_text())
+    undetermined = [record["noise_scale"] is None for record in records]
+    assert summary["num_undetermined"] == sum(undetermined)
+    assert report.count("<td>undetermined</td>") >= sum(undetermined)
+    for record, is_open in zip(records, undetermined, strict=True):
+        assert (record["noise_scale_high"] is None) == is_open
+        assert record["noise_scale_low"] > 0
+
+
+def test_measuring_noise_changes_nothing_of_the_training(folder):
+    config, dataset = _starting_point.prepare({"smoke": True, "epochs": 2, "dtype": "float64"})
+    plain = train.run(config, dataset).records
+    for record, tracked in zip(plain, runs.RunFolder(folder).read_metrics(), strict=True):
+        for name in record:
+            if name not in ("seconds", "examples_per_second"):
+                assert tracked[name] == record[name]
+
+
+@pytest.mark.parametrize("rule", ["norm_test", "cabs"])
+def test_an_adaptive_run_grows_as_the_rule_says_and_resumes_bit_for_bit(rule, tmp_path):
+    arguments = (f"--batch_size=adaptive:{rule}", "--noise_examples=60", f"--out_dir={tmp_path}")
+    assert call(train, *arguments, "--run_name=whole", "--epochs=4") == 0
+    assert call(train, *arguments, "--run_name=parts", "--epochs=2") == 0
+    rest = ("--run_name=parts", "--resume", "--epochs=4", f"--out_dir={tmp_path}")
+    assert call(train, *rest) == 0
+    whole, resumed = (
+        [
+            {name: record[name] for name in record if not name.startswith(("seconds", "examples_"))}
+            for record in runs.RunFolder(tmp_path / name).read_metrics()
+        ]
+        for name in ("whole", "parts")
+    )
+    assert whole == resumed
+    sizes = [record["batch_size"] for record in whole]
+    assert sizes[0] == 10
+    for before, after in itertools.pairwise(whole):
+        trace, squared_norm = before["noise_trace"], before["noise_squared_norm"]
+        if rule == "cabs":
+            wanted = 3.0 * trace / before["cost_train"]
+        else:
+            wanted = trace / squared_norm if squared_norm > 0 else np.inf
+        grows = before["batch_size"] < wanted and 2 * before["batch_size"] <= N
+        assert after["batch_size"] == before["batch_size"] * (2 if grows else 1)
+    assert (sizes[-1] > 10) == (rule == "norm_test")
+    assert (tmp_path / "parts" / "figures" / "learning_curve.png").is_file()
+
+
+def test_a_batch_size_never_exceeds_the_examples_and_never_falls():
+    config = Config(adaptive="norm_test")
+    record = {"noise_trace": 1.0, "noise_squared_norm": -1.0, "batch_size": 40}
+    assert _noise.grow_batch_size(config, record, 79) == 40
+    assert _noise.grow_batch_size(config, record, 80) == 80
+    assert _noise.grow_batch_size(config, record | {"noise_squared_norm": 1.0}, 1000) == 40
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (noise_scale, ["--num_measured=2"], "num_measured is 2; expected 0, for all, or at least"),
+        (noise_scale, ["--num_measured=201"], "num_measured is 201; expected at most 200"),
+        (noise_scale, ["--num_seeds=2"], "--num_seeds means nothing to this program"),
+        (train, ["--track_noise", "--noise_examples=2"], "noise_examples is 2; expected a whole"),
+        (train, ["--batch_size=adaptive:luck"], "adaptive is 'luck'; expected one of norm_test"),
+        (train, ["--batch_size=many"], "expected a whole number, full, or adaptive:norm_test"),
+        (train, ["--batch_size=adaptive:cabs", "--num_seeds=2"], "num_seeds is 2; expected 1"),
+    ],
+)
+def test_bad_input_is_told_before_any_work(program, arguments, message, tmp_path, capsys):
+    assert call(program, f"--out_dir={tmp_path}", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_without_a_number_for_some_seed_goes_to_loggers_without_it():
+    scalars = runs.loggers.scalars({"epoch": 1, "a": [None, 2.0, 4.0], "b": [None, None]})
+    assert scalars == {"a/median": 3.0, "a/min": 2.0, "a/max": 4.0}
