@@ -201,10 +201,12 @@ def test_contenders_warm_up_and_then_take_turns_in_alternating_order(harness):
 def test_timings_are_seconds_and_ratios_are_to_the_first(harness, monkeypatch):
     clock = iter([0.0, 2.0, 10.0, 15.0, 20.0, 20.5])  # start and end of each run
     monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    cpu = iter([0.0, 1.0, 1.0, 4.0, 4.0, 4.5])
+    monkeypatch.setattr(harness.time, "process_time", lambda: next(cpu))
     result = harness.measure(quiet_suite(harness), num_rounds=1)
     assert [row["median_seconds"] for row in result["rows"]] == [2.0, 5.0, 0.5]
     assert [row["ratio"] for row in result["rows"]] == [1.0, 2.5, 0.25]
-    assert "| 2.50 | 2.50 | theirs | 5 | 5 to 5 | 1 |" in markdown(harness, result)
+    assert "| 2.50 | 2.50 | 3.00 | theirs | 5 | 5 to 5 | 1 |" in markdown(harness, result)
 
 
 def test_a_ratio_is_to_the_baseline_that_a_contender_names(harness, monkeypatch):

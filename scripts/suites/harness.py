@@ -65,6 +65,8 @@ class Timing(NamedTuple):
 
     contender: Contender
     seconds: list[float]
+    cpu_seconds: list[float]
+    """What all threads of the process spent on it together: no waiting for other programs."""
     peak_bytes: int | None = None
 
     @property
@@ -76,6 +78,15 @@ class Timing(NamedTuple):
     def least(self) -> float:
         """The shortest run, in seconds."""
         return min(self.seconds)
+
+    def ratios(self, baseline: "Timing") -> dict[str, float]:
+        """The ratios to another: of medians, of the shortest runs, of medians of CPU time."""
+        cpu, its_cpu = (statistics.median(t.cpu_seconds) for t in (self, baseline))
+        return {
+            "ratio": self.median / baseline.median,
+            "ratio_of_minima": self.least / baseline.least,
+            "ratio_of_cpu": cpu / its_cpu if its_cpu > 0 else float("inf"),
+        }
 
 
 def missing_modules(contender: Contender) -> list[str]:
@@ -119,23 +130,25 @@ def time_in_turns(
         except NotImplementedError as reason:
             left_out[title(contender)] = str(reason)
             continue
-        lanes.append((prepared.run, Timing(contender, [], prepared.peak_bytes)))
+        lanes.append((prepared.run, Timing(contender, [], [], prepared.peak_bytes)))
     for index in range(num_rounds):
         for run, timing in lanes if index % 2 == 0 else reversed(lanes):
             limit = timing.contender.max_rounds
             if limit is not None and index >= limit:
                 continue
             if suite.max_seconds is None or sum(timing.seconds) < suite.max_seconds:
-                _take_turn(run, timing.seconds, suite.min_turn_seconds)
+                _take_turn(run, timing, suite.min_turn_seconds)
     return [timing for _, timing in lanes]
 
 
-def _take_turn(run: Run, seconds: list[float], min_seconds: float) -> None:
+def _take_turn(run: Run, timing: Timing, min_seconds: float) -> None:
     begin = start = time.perf_counter()
     while True:
+        cpu_start = time.process_time()
         jax.block_until_ready(run())
         end = time.perf_counter()
-        seconds.append(end - start)
+        timing.seconds.append(end - start)
+        timing.cpu_seconds.append(time.process_time() - cpu_start)
         if end - begin >= min_seconds:
             return
         start = time.perf_counter()
@@ -172,8 +185,8 @@ def title(contender: Contender) -> str:
 def measure(suite: Suite, num_rounds: int) -> dict:
     """Returns what was measured, fit for JSON.
 
-    The ratio is that of medians, beside it that of the shortest runs, which other work on the
-    machine disturbs less.
+    The ratio is that of medians; beside it those of the shortest runs and of CPU time, which other
+    work on the machine disturbs less.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     missing = {title(contender): missing_modules(contender) for contender in suite.contenders}
@@ -195,11 +208,11 @@ def measure(suite: Suite, num_rounds: int) -> dict:
                 "contender": timing.contender.name,
                 "question": timing.contender.question,
                 "baseline": baseline(timing).contender.name,
-                "ratio": timing.median / baseline(timing).median,
-                "ratio_of_minima": timing.least / baseline(timing).least,
+                **timing.ratios(baseline(timing)),
                 "median_seconds": timing.median,
                 "min_seconds": timing.least,
                 "max_seconds": max(timing.seconds),
+                "median_cpu_seconds": statistics.median(timing.cpu_seconds),
                 "num_runs": len(timing.seconds),
                 "peak_bytes": timing.peak_bytes,
             }
@@ -250,6 +263,7 @@ def _table(result: dict) -> str:
     columns: list[tuple[str, str, Callable[[dict], str]]] = [
         ("ratio", "---:", lambda row: f"{row['ratio']:.2f}"),
         ("of minima", "---:", lambda row: f"{row['ratio_of_minima']:.2f}"),
+        ("of CPU time", "---:", lambda row: f"{row['ratio_of_cpu']:.2f}"),
     ]
     if any(row["question"] for row in rows):
         columns.append(("question", "---", lambda row: row["question"]))
