@@ -259,7 +259,7 @@ def _jackknife(
     mean_e = jnp.mean(e)
     shift_of_s2 = (mean_e - e) * (n / ((n - 1) * (n - 2)))
     s2 = mean_e * (n / (n - 1))
-    shift_of_norm = -2 * c / (n - 1) + e / (n - 1) ** 2
+    shift_of_norm = -2 * c / (n - 1) + e / float(n - 1) ** 2  # 50,000² is beyond int32
     shift_of_norm -= (s2 + shift_of_s2) / (n - 1) - s2 / n
     scale = (n - 1) / n * (1 if population is None else 1 - n / population)
 

@@ -13,6 +13,8 @@ import sgd_jax as sj
 from experiments import _classifier, _noise, _starting_point, noise_scale, train
 from experiments._config import Config, load
 from sgd_jax import runs
+from sgd_jax.moments import GradientMoments
+from sgd_jax.noise_scale import noise_scale as estimate
 
 N = 200  # training examples of the digits with --smoke
 SEEDS = range(3, 5)
@@ -188,3 +190,19 @@ def test_bad_input_is_told_before_any_work(program, arguments, message, tmp_path
 def test_a_line_without_a_number_for_some_seed_goes_to_loggers_without_it():
     scalars = runs.loggers.scalars({"epoch": 1, "a": [None, 2.0, 4.0], "b": [None, None]})
     assert scalars == {"a/median": 3.0, "a/min": 2.0, "a/max": 4.0}
+
+
+def test_the_interval_is_defined_for_as_many_examples_as_mnist_has_in_32_bits():
+    with jax.enable_x64(False):
+        scale = jax.ShapeDtypeStruct((), np.float32)
+        each = jax.ShapeDtypeStruct((50_000,), np.float32)
+        moments = GradientMoments(
+            count=jax.ShapeDtypeStruct((), np.int32),
+            cost=scale,
+            mean=scale,
+            trace_per_leaf=scale,
+            mean_norm=scale,
+            squared_norms=each,
+            alignments=each,
+        )
+        assert jax.eval_shape(estimate, moments).high.dtype == np.float32
