@@ -31,7 +31,7 @@ class ChunkedPerExampleGrads(Rows):
 
     def sum(self, weights: Array | None = None) -> Params:
         """Returns Σ_i c_i g_i, a sum without 1/n; like params. See `PerExampleGrads.sum`."""
-        self._check_weights(weights)
+        weights = self._checked_weights(weights)
         weights = jnp.ones(self.num_examples) if weights is None else weights
         return self._sum_chunks(lambda grads, chunk: grads.sum(chunk), weights)
 
@@ -41,7 +41,7 @@ class ChunkedPerExampleGrads(Rows):
 
     def second_moment(self, weights: Array | None = None) -> Params:
         """Returns 1/n Σ_i g_i², or Σ_i c_i g_i². See `PerExampleGrads.second_moment`."""
-        self._check_weights(weights)
+        weights = self._checked_weights(weights)
         n = self.num_examples
         weights = jnp.full((n,), 1 / n) if weights is None else weights
         return self._sum_chunks(lambda grads, chunk: grads.second_moment(chunk), weights)

@@ -43,12 +43,15 @@ class Rows:
         clip = jnp.minimum(1, max_norm / jnp.where(norms > 0, norms, 1))
         return self.sum(clip / self.num_examples)
 
-    def _check_weights(self, weights: Array | None) -> None:
-        if weights is not None and jnp.shape(weights) != (self.num_examples,):
+    def _checked_weights(self, weights: Array | None) -> Array | None:
+        if weights is None:
+            return None
+        if jnp.shape(weights) != (self.num_examples,):
             raise ValueError(
                 f"weights must have shape ({self.num_examples},), one number for each example, "
                 f"got {jnp.shape(weights)}"
             )
+        return jnp.asarray(weights)
 
 
 @jax.tree_util.register_dataclass
@@ -140,7 +143,7 @@ class PerExampleGrads(Rows):
         Raises:
           ValueError: weights is not (n,).
         """
-        self._check_weights(weights)
+        weights = self._checked_weights(weights)
         leaves = [
             functools.reduce(
                 operator.add, (f.weighted_sum(weights) for f in factors), jnp.zeros(shape, dtype)
@@ -171,7 +174,7 @@ class PerExampleGrads(Rows):
         One product where an example uses a parameter once; otherwise g_i is formed, some examples
         at a time. The variance of each coordinate is this less the square of `mean`.
         """
-        self._check_weights(weights)
+        weights = self._checked_weights(weights)
         if weights is None:
             weights = jnp.full((self.num_examples,), 1 / self.num_examples)
         leaves = [

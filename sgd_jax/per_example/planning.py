@@ -305,13 +305,10 @@ class _Planner:
         except (NotImplementedError, AssertionError, TypeError, ValueError):
             # A backward rule not linear in the cotangent (it clips it, or adds to it) has no J.
             return self._lift_operands(jaxpr, eqn, operands, levels)
-        fixed = [
-            dataclasses.replace(CONSTANT, stacked=by_variable[v].stacked)
-            if by_variable[v].kind is Kind.PARAMETER
-            else by_variable[v]
-            for v in inputs
-        ]
-        program = self.plan(closed.jaxpr, [*fixed, *(by_variable[v] for v in tangents)], levels)
+        # Where the rule computes with the parameter itself, that counts as the example's: then its
+        # tangent is parameter-only, and derivatives of any order are right.
+        at = [EXAMPLE if v in tangents else by_variable[v] for v in inputs]
+        program = self.plan(closed.jaxpr, [*at, *(by_variable[v] for v in tangents)], levels)
         self.lift_outputs(program, range(len(differentiable)), levels)
         step = Linearized(program, call, closed.consts, inputs, tangents, outputs, differentiable)
         return step, [EXAMPLE] * len(eqn.outvars)

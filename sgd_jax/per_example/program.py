@@ -322,10 +322,9 @@ class Linearized(Step):
 
     def find(self, env: Env, found: Values) -> None:
         """Runs the parameter-only part of the tangent, with the parameters as tangents."""
-        fixed = [
-            None if v is None else jax.lax.stop_gradient(v) for v in env.read_known(self.inputs)
-        ]
-        self.program.values(self.consts, [*fixed, *env.read(self.tangents)], found)
+        known = env.read_known(self.inputs)
+        at = [None if v in self.tangents else x for v, x in zip(self.inputs, known, strict=True)]
+        self.program.values(self.consts, [*at, *env.read(self.tangents)], found)
 
 
 def _write_known(env: Env, variables: Sequence[Any], values: Sequence[Any]) -> None:

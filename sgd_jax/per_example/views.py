@@ -232,6 +232,8 @@ def _scaled(name: str, operands: Sequence[Any], views: Sequence[View | None]) ->
     """A view times or over a scalar literal, or a scalar literal times a view."""
     a, b = operands
     if views[0] is not None and isinstance(b, Literal) and jnp.ndim(b.val) == 0:
+        if name == "div" and b.val == 0:
+            return None
         return views[0].scaled(float(b.val) if name == "mul" else 1 / float(b.val))
     if name == "mul" and views[1] is not None and isinstance(a, Literal) and jnp.ndim(a.val) == 0:
         return views[1].scaled(float(a.val))
