@@ -275,7 +275,8 @@ def summarize(
     """Returns what a row of the table says of the errors of one scheme at one m.
 
     `cosine_of_means` is E⟨ĝ, G⟩/√(E‖ĝ‖² ‖G‖²) = 1/√(1 + E‖ĝ − G‖²/‖G‖²), exact for every unbiased
-    ĝ; `mean_cosine` is the mean of the cosines measured, which is only close to it.
+    ĝ; `mean_cosine` is the mean of the cosines measured, which is only close to it. The cosine of
+    an estimate that is zero, as a Poisson sample of nobody gives, counts as 0.
 
     Args:
       errors: As measured.
@@ -287,8 +288,9 @@ def summarize(
     measured = float(errors.squared_error.mean())
     error = float(errors.squared_error.std(ddof=1)) / math.sqrt(num_draws)
     along = errors.inner + squared_norm
-    length = np.sqrt(errors.squared_error + 2 * errors.inner + squared_norm)
-    cosine = along / np.where(length > 0, length * math.sqrt(squared_norm), np.inf)
+    squared_length = errors.squared_error + 2 * errors.inner + squared_norm
+    is_zero = squared_length <= 1e-5 * squared_norm
+    cosine = along / np.sqrt(np.where(is_zero, np.inf, squared_length * squared_norm))
     low, high = np.quantile(cosine, [fraction, 1 - fraction])
     return {
         "num_draws": num_draws,

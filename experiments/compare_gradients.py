@@ -4,6 +4,17 @@ For mini-batches of every size, drawn in several ways: the exact law of the mean
 E‖ĝ − G‖² beside that of thousands of mini-batches, the angle to the full gradient G, and the time
 that an estimate takes. At initialization (--epochs=0), after training, or at the last checkpoint of
 a run of `experiments.train`. Leaves table, figures and report in a run folder.
+
+  python -m experiments.compare_gradients
+  python -m experiments.compare_gradients --dataset=mnist --init=normal --epochs=30 \
+    --schemes=without_replacement --min_drawn=400000
+  python -m experiments.compare_gradients --run=runs/mine
+
+Expected: measured over exact error is 1 to within a few of the standard errors beside it, and the
+error is zero to rounding at m = n unless drawn with replacement. Second command: every ratio
+measured lies within 2 % of 1, with standard errors of about 1 %; the table is in
+docs/results/compare_gradients_mnist.md. Its time goes into the largest m: 2,000 estimates are
+2,000 m gradients of examples.
 """
 
 import csv
@@ -42,7 +53,7 @@ class Config:
     batch_sizes: tuple[int, ...] | None = None
     schemes: tuple[str, ...] | None = None
     num_draws: int = 2000
-    min_drawn: int = 100_000
+    min_drawn: int = 20_000
     floor: float = 0.1
     run: str | None = None
 

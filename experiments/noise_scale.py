@@ -5,6 +5,14 @@ scale B = tr Σ/‖G‖², the batch size at which noise and signal of a mini-ba
 the whole network and of each layer, with 95 % intervals, beside the accuracy. Where ‖G‖² cannot be
 told from zero B is undetermined: a gap in the curve, and only a lower end. Leaves table, figure and
 report in a run folder.
+
+  python -m experiments.noise_scale
+  python -m experiments.noise_scale --dataset=mnist --init=normal
+  python -m experiments.noise_scale --dataset=mnist --init=normal --num_measured=5000
+
+Expected of the second command, seed 0: B is 688 (630 to 758) after the first epoch and 1,063 (974
+to 1,170) after the seventh, from 576 to 2,230 between them. All 50,000 examples are measured in the
+CPU time of an epoch, 0.1 s; 1,000 of them, as `experiments.train --track_noise` does, in 4 % of it.
 """
 
 import csv
