@@ -170,6 +170,13 @@ def test_large_and_small_samples_are_measured_alike():
         np.testing.assert_allclose(a, b, rtol=1e-10)
 
 
+def test_the_cosine_of_a_zero_estimate_counts_as_zero():
+    # Of two estimates one is G itself and one is zero: its squared length 1 − 2 + 1 is rounding.
+    errors = _comparison.Errors(np.array([0.0, 1.0 - 1e-7]), np.array([0.0, -1.0]), 0.0)
+    summary = _comparison.summarize(errors, predicted=0.5, squared_norm=1.0)
+    assert (summary["mean_cosine"], summary["measured"]) == (0.5, pytest.approx(0.5))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
