@@ -10,7 +10,10 @@ report in a run folder.
   python -m experiments.noise_scale --dataset=mnist --init=normal
   python -m experiments.noise_scale --dataset=mnist --init=normal --num_measured=5000
 
-Expected of the second command, seed 0: B is 688 (630 to 758) after the first epoch and 1,063 (974
+Expected of the first command with --init=normal, seed 0, in 7 s of CPU time: B rises from 1.5 (1.4
+to 1.6) untrained over 53 (44 to 69) after 3 epochs to 207 (145 to 387) after 14, while test
+accuracy goes from 12 to 96 %; after 15 epochs it is undetermined, at least 216.
+Of the second command, seed 0: B is 688 (630 to 758) after the first epoch and 1,063 (974
 to 1,170) after the seventh, from 576 to 2,230 between them. All 50,000 examples are measured in the
 CPU time of an epoch, 0.1 s; 1,000 of them, as `experiments.train --track_noise` does, in 4 % of it.
 """
