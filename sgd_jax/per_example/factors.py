@@ -203,17 +203,16 @@ def prefers_gram(factor: Outer) -> bool:
     return factor.is_indexed or factor.num_terms * (a + b) <= a * b
 
 
-def compact(factor: Factor) -> Factor:
-    """The factor, with g_i formed where that is at most half as large: t(a + b) ≥ 2ab.
+def prefers_forming(factor: Factor) -> bool:
+    """Whether g_i written down is at most half as large as its factors: t(a + b) ≥ 2ab.
 
     So it is with the kernels of convolutions, used at many positions: one batched product then
     serves every question.
     """
-    if isinstance(factor, Outer) and not factor.is_indexed and factor.num_terms > 1:
-        _, a, b = factor.layout.sizes()
-        if factor.num_terms * (a + b) >= 2 * a * b:
-            return Dense(factor.materialize())
-    return factor
+    if not isinstance(factor, Outer) or factor.is_indexed or factor.num_terms == 1:
+        return False
+    _, a, b = factor.layout.sizes()
+    return factor.num_terms * (a + b) >= 2 * a * b
 
 
 def inner_by_gram(x: Outer, y: Outer) -> Array:

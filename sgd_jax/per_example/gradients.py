@@ -135,8 +135,9 @@ def explain(fun: Callable[..., Any], params: Params, examples: Examples) -> str:
     def kept(leaves: list[Array], examples: Examples) -> list[Factor]:
         trace, _, _, deltas, acts = _collect(function, leaves, examples)
         traces.append(trace)
-        made = [_factor(site, leaves, deltas[k], acts[k]) for k, site in enumerate(trace.sites)]
-        return [F.compact(factor) for factor in made]
+        return [
+            _compact_factor(site, leaves, deltas[k], acts[k]) for k, site in enumerate(trace.sites)
+        ]
 
     factors = jax.eval_shape(kept, leaves, examples)
     names = _names(params)
@@ -253,9 +254,8 @@ def _factored(
     factors: list[list[Factor]] = [[] for _ in leaves]
     at_once, later = [], []
     for k, site in enumerate(trace.sites):
-        made = _factor(site, leaves, deltas[k], acts[k])
-        if strategy == "auto":
-            made = F.compact(made)
+        make = _compact_factor if strategy == "auto" else _factor
+        made = make(site, leaves, deltas[k], acts[k])
         if site.origin.view is not None:
             (leaf,) = site.origin.leaves
             factors[leaf].append(made)
@@ -308,6 +308,27 @@ def _factor(site: Site, leaves: Sequence[Array], delta: Array, act: Any) -> Fact
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return jax.tree.map(cast, site.rule.factor(site, view, shape, delta, act))
+
+
+def _compact_factor(site: Site, leaves: Sequence[Array], delta: Array, act: Any) -> Factor:
+    """The factor, with g_i formed where that is much smaller.
+
+    Formed in a loop over a few groups of examples: their factors then need not exist all at once,
+    and XLA cannot merge what computes δ and a into the product, and compute it many times over.
+    """
+    like = jax.eval_shape(functools.partial(_factor, site, leaves), delta, act)
+    if not F.prefers_forming(like):
+        return _factor(site, leaves, delta, act)
+
+    def form(example: tuple[Array, Any]) -> Array:
+        one_delta, one_act = (x[None] for x in example)
+        return _factor(site, leaves, one_delta, one_act).materialize()[0]
+
+    group = -(-delta.shape[0] // _NUM_GROUPS)
+    return Dense(jax.lax.map(form, (delta, act), batch_size=group))
+
+
+_NUM_GROUPS = 8
 
 
 def _size(site: Site) -> int:

@@ -162,26 +162,18 @@ class Convolution:
     ) -> Factor:
         """Groups of outer products of δ (rows: output features) and patches (columns)."""
         out_feature, in_feature, *kernel_dims = self.rhs_spec
-        columns = [d + (d > out_feature) for d in (in_feature, *kernel_dims)]
+        columns = [d + (d > out_feature) for d in (*kernel_dims, in_feature)]
         split = self.split_features(view, site.value.shape)
         assert split is not None  # the planner asked before it kept the view
         layout = Layout.of(split, leaf_shape, [out_feature], [out_feature + 1], columns)
-
-        # δ: (n, scans..., batch, group, feature, positions...)
-        delta = _move(delta, len(site.levels), self.out_spec)
-        delta = _split(delta, len(site.levels) + 2, self.groups)
-        positions = range(3, delta.ndim - len(site.levels) - 1)
-        left = site.arrange(delta, [1], [0, *positions], [2])
-        # patches: (n, scans..., batch, group, feature, offset, positions...)
-        lead = math.prod(act.shape[: 1 + len(site.levels)])
-        act = _move(act, len(site.levels), self.lhs_spec)
-        flat = act.reshape(
-            lead * act.shape[1 + len(site.levels)], *act.shape[2 + len(site.levels) :]
-        )
-        patches = self._patches(flat, [site.value.shape[d] for d in kernel_dims])
-        patches = patches.reshape(act.shape[: 2 + len(site.levels)] + patches.shape[1:])
-        patches = _split(patches, len(site.levels) + 2, self.groups)
-        right = site.arrange(patches, [1], [0, *(p + 1 for p in positions)], [2, 3])
+        delta = _features_last(delta, len(site.levels), self.out_spec)
+        act = _features_last(act, len(site.levels), self.lhs_spec)
+        positions = range(len(kernel_dims) + 1)  # and the batch
+        group, feature, offset = len(positions), len(positions) + 1, len(positions)
+        left = site.arrange(_split(delta, self.groups), [group], positions, [feature])
+        patches = self._patches(act, [site.value.shape[d] for d in kernel_dims])
+        patches = _split(patches, self.groups)
+        right = site.arrange(patches, [offset + 1], positions, [offset, offset + 2])
         return Outer(left, right, layout)
 
     def split_features(self, view: View, shape: Sequence[int]) -> View | None:
@@ -190,32 +182,37 @@ class Convolution:
         return view.reshape([*shape[:d], self.groups, shape[d] // self.groups, *shape[d + 1 :]])
 
     def _patches(self, images: Array, kernel: Sequence[int]) -> Array:
-        """(batch, feature, positions...) → (batch, feature, offset in the kernel, positions...)."""
+        """(..., positions, feature) → (..., positions, offset in the kernel, feature)."""
+        lead = images.ndim - len(kernel) - 1
         padding = [
             (low, high, dilation - 1)
             for (low, high), dilation in zip(self.padding, self.lhs_dilation, strict=True)
         ]
-        images = jax.lax.pad(images, jnp.zeros([], images.dtype), [(0, 0, 0), (0, 0, 0), *padding])
+        config = [(0, 0, 0)] * lead + padding + [(0, 0, 0)]
+        images = jax.lax.pad(images, jnp.zeros([], images.dtype), config)
+        strides, dilations = self.window_strides, self.rhs_dilation
         counts = [
             (size - (k - 1) * dilation - 1) // stride + 1
             for size, k, dilation, stride in zip(
-                images.shape[2:], kernel, self.rhs_dilation, self.window_strides, strict=True
+                images.shape[lead:-1], kernel, dilations, strides, strict=True
             )
         ]
 
         def shifted(offset: Sequence[int]) -> Array:
-            starts = [o * dilation for o, dilation in zip(offset, self.rhs_dilation, strict=True)]
+            starts = [o * dilation for o, dilation in zip(offset, dilations, strict=True)]
             ends = [
                 start + (count - 1) * stride + 1
-                for start, count, stride in zip(starts, counts, self.window_strides, strict=True)
+                for start, count, stride in zip(starts, counts, strides, strict=True)
             ]
-            lead = images.shape[:2]
             return jax.lax.slice(
-                images, (0, 0, *starts), (*lead, *ends), (1, 1, *self.window_strides)
+                images,
+                (0,) * lead + (*starts, 0),
+                (*images.shape[:lead], *ends, images.shape[-1]),
+                (1,) * lead + (*strides, 1),
             )
 
         offsets = itertools.product(*(range(k) for k in kernel))
-        return jnp.stack([shifted(offset) for offset in offsets], axis=2)
+        return jnp.stack([shifted(offset) for offset in offsets], axis=-2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,13 +341,12 @@ def _complement(ndim: int, dims: Sequence[int]) -> tuple[int, ...]:
     return tuple(d for d in range(ndim) if d not in dims)
 
 
-def _move(array: Array, num_levels: int, spec: Sequence[int]) -> Array:
-    """Brings dimensions after the n and the scans into the order of a convolution's spec."""
-    lead = range(1 + num_levels)
-    return array.transpose(*lead, *(1 + num_levels + d for d in spec))
+def _features_last(array: Array, num_levels: int, spec: Sequence[int]) -> Array:
+    """Brings what follows n and the scans into the order batch, positions, features."""
+    batch, feature, *positions = (1 + num_levels + d for d in spec)
+    return array.transpose(*range(1 + num_levels), batch, *positions, feature)
 
 
-def _split(array: Array, axis: int, groups: int) -> Array:
-    """Splits an axis into groups × features."""
-    shape = array.shape
-    return array.reshape(*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
+def _split(array: Array, groups: int) -> Array:
+    """Splits the last axis into groups × features."""
+    return array.reshape(*array.shape[:-1], groups, array.shape[-1] // groups)
