@@ -49,6 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_list("tables", [], "Only these tables of the suite; without it all.")
     flags.DEFINE_string("data_dir", None, "Folder of MNIST; without it random pixels.")
     flags.DEFINE_integer("num_rounds", 7, "Timed rounds.", lower_bound=1)
+    flags.DEFINE_bool("keep_freed_memory", True, "Whether glibc keeps large freed blocks.")
     flags.DEFINE_string("out_dir", None, "Where to write <suite>.json and <suite>.md.")
 
 
@@ -63,6 +64,7 @@ def main(argv: Sequence[str]) -> None:
         names = ", ".join(suite.name for suite in suites)
         raise app.UsageError(f"--tables: expected some of {names}, got {', '.join(unknown)}")
     where, results = harness.circumstances(), []
+    where["keeps_freed_memory"] = values.keep_freed_memory and harness.keep_freed_memory()
     for suite in suites:
         if suite.name in (values.tables or [suite.name]):
             results.append(harness.measure(suite, values.num_rounds))

@@ -1,5 +1,6 @@
 """Times contenders that do the same work in turns, and writes what came out as a table."""
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -87,6 +88,22 @@ class Timing(NamedTuple):
             "ratio_of_minima": self.least / baseline.least,
             "ratio_of_cpu": cpu / its_cpu if its_cpu > 0 else float("inf"),
         }
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc keep what is freed for the next run; returns whether it does.
+
+    By itself glibc hands every block of more than 32 MB back to the system and takes it anew: each
+    run then pays for touching fresh pages, and a contender of 33 MB looks twice as slow as one of
+    31 MB.
+    """
+    most = 2**31 - 1
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3
+    return all([set_option(option, most) == 1 for option in (trim_threshold, mmap_threshold)])
 
 
 def missing_modules(contender: Contender) -> list[str]:
@@ -254,6 +271,8 @@ def as_markdown(results: Iterable[dict], where: dict) -> str:
         f"{where['num_devices']} × {where['device']}, {where['num_cores']} cores, "
         f"{where['machine']}; {versions}."
     )
+    if where.get("keeps_freed_memory"):
+        last += " glibc keeps freed memory."
     return "\n\n".join([*(_table(result) for result in results), last])
 
 

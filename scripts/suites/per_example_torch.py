@@ -39,7 +39,6 @@ def prepare(problem: Problem, name: str, question: str) -> Prepared:
 def _peak_bytes(run: Callable[[], object]) -> int | None:
     """The most that PyTorch's allocator held during a run beyond what it held before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    run()
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = run()
     del result
@@ -149,7 +148,7 @@ def _by_backpack(
 
 
 def _tensor(array: Any) -> torch.Tensor:
-    return torch.from_numpy(np.array(array))
+    return torch.from_numpy(np.array(array, order="C"))
 
 
 def _load(module: nn.Module, leaves: list[np.ndarray]) -> nn.Module:
@@ -185,7 +184,8 @@ def _conv(problem: Problem) -> Twin:
     leaves[4] = pixels.transpose(0, 3, 1, 2).reshape(10, flat)
     module = _load(nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, 10)), leaves)
     x, labels = problem.examples
-    batch = (_tensor(x).permute(0, 3, 1, 2).contiguous(), _tensor(labels).long())
+    # Copied, as a permuted image of one channel would pass for one with its channels last.
+    batch = (_tensor(np.asarray(x).transpose(0, 3, 1, 2)), _tensor(labels).long())
     return module, lambda out, y: functional.cross_entropy(out, y, reduction="none"), batch
 
 
