@@ -198,10 +198,13 @@ def test_contenders_warm_up_and_then_take_turns_in_alternating_order(harness):
     assert [len(timing.seconds) for timing in timings] == [3, 3, 1]
 
 
+WARM_UP = [0.0, 1.0] * 2  # of two contenders
+
+
 def test_timings_are_seconds_and_ratios_are_to_the_first(harness, monkeypatch):
-    clock = iter([0.0, 2.0, 10.0, 15.0, 20.0, 20.5])  # start and end of each run
+    clock = iter([*WARM_UP, 0.0, 2.0, 10.0, 15.0, 20.0, 20.5])  # start and end of each run
     monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
-    cpu = iter([0.0, 1.0, 1.0, 4.0, 4.0, 4.5])
+    cpu = iter([*WARM_UP, 0.0, 1.0, 1.0, 4.0, 4.0, 4.5])
     monkeypatch.setattr(harness.time, "process_time", lambda: next(cpu))
     result = harness.measure(quiet_suite(harness), num_rounds=1)
     assert [row["median_seconds"] for row in result["rows"]] == [2.0, 5.0, 0.5]
@@ -210,7 +213,7 @@ def test_timings_are_seconds_and_ratios_are_to_the_first(harness, monkeypatch):
 
 
 def test_a_ratio_is_to_the_baseline_that_a_contender_names(harness, monkeypatch):
-    clock = iter([0.0, 2.0, 10.0, 15.0, 20.0, 20.5])
+    clock = iter([*WARM_UP, 0.0, 2.0, 10.0, 15.0, 20.0, 20.5])
     monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
     suite = quiet_suite(harness)
     contenders = [c._replace(question="speed", baseline=("theirs", "speed")) for c in suite[2]]
@@ -220,12 +223,21 @@ def test_a_ratio_is_to_the_baseline_that_a_contender_names(harness, monkeypatch)
 
 
 def test_a_turn_repeats_short_work_and_long_work_stops_early(harness, monkeypatch):
-    clock = iter([0.0, 2.0, 2.0, 5.0, 10.0, 20.0])
+    clock = iter([*WARM_UP, 0.0, 2.0, 2.0, 5.0, 10.0, 20.0])
     monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
     suite = quiet_suite(harness, min_turn_seconds=4.0, max_seconds=5.0)
     suite = suite._replace(contenders=suite.contenders[:2])
     timings = harness.time_in_turns(suite, num_rounds=3)
     assert [timing.seconds for timing in timings] == [[2.0, 3.0], [10.0]]
+
+
+def test_a_first_run_that_uses_up_the_time_is_the_one_timed(harness, monkeypatch):
+    clock = iter([0.0, 7.0, 0.0, 1.0, 20.0, 23.0, 30.0, 33.0])
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    suite = quiet_suite(harness, max_seconds=5.0)
+    suite = suite._replace(contenders=suite.contenders[:2])
+    timings = harness.time_in_turns(suite, num_rounds=3)
+    assert [timing.seconds for timing in timings] == [[7.0], [3.0, 3.0]]
 
 
 def test_a_contender_with_another_answer_is_left_out_by_name(harness):

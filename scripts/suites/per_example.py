@@ -21,7 +21,7 @@ CLIPPED, GRAM = "clipped mean", "Gram matrix"
 
 PLAIN = ("plain gradient", MEAN)
 TORCH_PLAIN = ("PyTorch, plain gradient", MEAN)
-_PACE = {"min_turn_seconds": 0.05, "max_seconds": 5.0}
+_PACE = {"min_turn_seconds": 0.3, "max_seconds": 5.0}
 
 Answer = tuple[Any, Any]
 """What every contender returns: something with a row for each example, or None; and leaves."""
