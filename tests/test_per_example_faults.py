@@ -143,7 +143,7 @@ def forget_what_is_pulled_back(patch):
 
 def reverse_the_groups_of_a_convolution(patch):
     right = sites._split
-    patch.setattr(sites, "_split", lambda x, axis, groups: jnp.flip(right(x, axis, groups), axis))
+    patch.setattr(sites, "_split", lambda x, groups: jnp.flip(right(x, groups), axis=-2))
 
 
 # fault: (the architecture that shows it, the claim that must fail)
