@@ -49,6 +49,7 @@ from sgd_jax.per_example import (
     per_example_grad,
     per_example_value_and_grad,
 )
+from sgd_jax.quadratic import epoch_fixed_point, expected_squared_distance
 from sgd_jax.sampling import Sample
 from sgd_jax.sgd import SGDState, sgd
 from sgd_jax.subsets import SubsetErrors, subset_errors
@@ -77,7 +78,9 @@ __all__ = [
     "cross_entropy_cost",
     "curvature_noise_scale",
     "difference",
+    "epoch_fixed_point",
     "expected_cosine",
+    "expected_squared_distance",
     "expected_squared_error",
     "explain",
     "feedforward",

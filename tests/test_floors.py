@@ -19,6 +19,7 @@ FLOORS = {  # of a module, or of a sub-package and all that is in it
     "sgd_jax.networks": 1,
     "sgd_jax._chunks": 1,
     "sgd_jax.sampling": 1,
+    "sgd_jax.quadratic": 1,
     "sgd_jax.allocation": 1,
     "sgd_jax.per_example": 2,
     "sgd_jax.sgd": 3,
