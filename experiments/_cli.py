@@ -11,14 +11,22 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
+from sgd_jax import runs as _runs  # noqa: F401  # says what to install where that is not done
+
 HelpGroups = Mapping[str, Sequence[flags.FlagHolder]]
 """Flags by the heading that --help shows them under."""
 
 
-def start(main: Callable[[], int], doc: str, groups: HelpGroups) -> None:
+def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str = "") -> None:
     """Parses the command line and leaves with the exit code of ``main``; never returns.
 
     Exit code 2 and one message on stderr for what is wrong with the command line, 130 after Ctrl-C.
+
+    Args:
+      main: The program; its arguments are the words of the command line that are no flags.
+      doc: What --help begins with.
+      groups: Flags by heading.
+      operands: What those words are, for a program that needs at least one; others take none.
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
@@ -29,14 +37,16 @@ def start(main: Callable[[], int], doc: str, groups: HelpGroups) -> None:
             rest = flags.FLAGS(list(argv))
         except flags.Error as error:
             fail(f"{error} (--help lists the flags)")
-        if rest[1:]:
+        if operands and not rest[1:]:
+            fail(f"nothing was given to work on; expected {operands}. See --help")
+        if rest[1:] and not operands:
             fail(f"got {' '.join(rest[1:])!r}, which is no flag; expected --name=value. See --help")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         return rest
 
     keep_compiled_programs()
-    app.run(lambda argv: main(), flags_parser=parse)
+    app.run(lambda argv: main(*argv[1:]), flags_parser=parse)
 
 
 def help_text(doc: str, groups: HelpGroups) -> str:

@@ -216,16 +216,7 @@ def _conclude(
 ) -> None:
     """Writes picture, report and, last of all, `summary.json`; prints what came out."""
     summary = {"status": status, **runs.summarize(records, first_seed), "device": config["device"]}
-    title = f"{folder.path.name}: best test accuracy {summary['best_test_accuracy']:.2%}"
-    runs.draw_learning_curve(folder.figure_path, records, title)
-    runs.write_report(
-        folder.report_path,
-        title=title,
-        config=config,
-        summary=summary,
-        records=records,
-        figure=folder.figure_path,
-    )
+    _write_report(folder, config, records, summary)
     folder.write_summary(summary)
     if summary["num_seeds"] == 1:
         print(
@@ -244,6 +235,48 @@ def _conclude(
     if summary["num_stuck"]:
         seeds = ", ".join(map(str, summary["stuck_seeds"]))
         print(f"stuck, with a class hardly ever right: {summary['num_stuck']} (seed {seeds})")
+
+
+def renew_report(folder: runs.RunFolder) -> None:
+    """Writes the report of a run again, from what lies in its folder.
+
+    That of a run of `train` comes from its lines of metrics, so it may have been interrupted; that
+    of any other run from what was kept of its report.
+
+    Raises:
+      FileNotFoundError: the run has left nothing to report yet.
+    """
+    config, summary, records = folder.read_config(), folder.read_summary(), folder.read_metrics()
+    if config["experiment"] == "train" and records:
+        if summary is None or summary["epochs"] != records[-1]["epoch"]:
+            summary = {"status": "not finished", **runs.summarize(records, config["seed"])}
+        _write_report(folder, config, records, summary)
+    elif folder.report_path.with_suffix(".json").is_file():
+        runs.write_page(folder.report_path, *runs.read_page(folder.report_path))
+    else:
+        raise FileNotFoundError(
+            f"{folder.path} holds no results yet; expected a run that has come to an end, or one "
+            "of experiments.train that has trained an epoch"
+        )
+
+
+def _write_report(
+    folder: runs.RunFolder,
+    config: dict[str, Any],
+    records: list[runs.Record],
+    summary: dict[str, Any],
+) -> None:
+    """Writes picture and report."""
+    title = f"{folder.path.name}: best test accuracy {summary['best_test_accuracy']:.2%}"
+    runs.draw_learning_curve(folder.figure_path, records, title)
+    runs.write_report(
+        folder.report_path,
+        title=title,
+        config=config,
+        summary=summary,
+        records=records,
+        figure=folder.figure_path,
+    )
 
 
 def _validation_accuracy(record: runs.Record) -> float:

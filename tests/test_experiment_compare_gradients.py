@@ -107,7 +107,7 @@ def test_csv_json_and_report_hold_the_same_table(folder, table):
     report = (folder / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 2 == len(list((folder / "figures").iterdir()))
     for label in compare_gradients.labels():
-        assert f"<th>{label}</th>" in report
+        assert f">{label}</th>" in report
     for row in table["rows"]:
         cells = "".join(f"<td>{cell}</td>" for cell in compare_gradients.cells(row))
         assert cells in report

@@ -113,7 +113,7 @@ def test_the_experiment_leaves_records_table_figure_and_report(folder):
     report = (folder / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 1
     for label in noise_scale.labels(2):
-        assert f"<th>{label}</th>" in report
+        assert f">{label}</th>" in report
     summary = json.loads((folder / "summary.json").read_text())
     undetermined = [record["noise_scale"] is None for record in records]
     assert summary["num_undetermined"] == sum(undetermined)

@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import html.parser
 import json
 import shutil
 import subprocess
@@ -399,24 +400,131 @@ def test_the_picture_shows_the_band_of_several_seeds(tmp_path):
     assert pictures[0] != pictures[1]
 
 
-def test_the_report_is_one_escaped_file_with_its_picture(tmp_path):
-    picture = tmp_path / "curve.png"
-    picture.write_bytes(b"\x89PNG not really")
-    path = tmp_path / "report.html"
-    evil = "<script>alert('&')</script>"
-    runs.write_report(
-        path,
-        title=evil,
-        config={evil: evil, "versions": {"jax": evil}},
-        summary={"best_test_accuracy": 0.9},
-        records=[record(0, 0.125), seeds(1, [0.7, 0.8, 0.5], [0, 0, 3])],
-        figure=picture,
-    )
-    text = path.read_text(encoding="utf-8")
+@pytest.fixture
+def write_report(tmp_path):
+    """Returns a function that writes the report of a run called by a name; returns its file."""
+
+    def write(name, title="mine", config=None):
+        folder = runs.RunFolder.create(tmp_path, name, "")
+        folder.write_config({"experiment": "train"} | (config or {}))
+        folder.figure_path.parent.mkdir()
+        folder.figure_path.write_bytes(f"\x89PNG of {name}".encode("latin-1"))
+        runs.write_report(
+            folder.report_path,
+            title=title,
+            config=folder.read_config(),
+            summary={"best_test_accuracy": 0.9},
+            records=[record(0, 0.125), seeds(1, [0.7, 0.8, 0.5], [0, 0, 3])],
+            figure=folder.figure_path,
+        )
+        return folder
+
+    return write
+
+
+def held(picture):
+    """Returns a picture as a report holds it."""
+    return f"base64,{base64.b64encode(picture.read_bytes()).decode()}"
+
+
+EVIL = "<script>alert('&')</script>"
+
+
+def test_the_report_is_one_escaped_file_with_its_picture(write_report):
+    folder = write_report("a", title=EVIL, config={EVIL: EVIL, "versions": {"jax": EVIL}})
+    text = folder.report_path.read_text(encoding="utf-8")
     assert "<script" not in text
     assert text.count("&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;") == 5
-    assert f"base64,{base64.b64encode(picture.read_bytes()).decode()}" in text
+    assert held(folder.figure_path) in text
     assert "12.50%" in text
     assert "70.00%" in text  # the median
-    assert 'name="viewport"' in text
     assert "http" not in text
+
+
+class Outline(html.parser.HTMLParser):
+    """Tags with their attributes, in order, and what is not closed or closed twice."""
+
+    VOID = frozenset({"meta", "link", "img"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open, self.faults = [], [], []
+        self.feed(text)
+        self.close()
+        self.faults += self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if self.open[-1:] == [tag]:
+            self.open.pop()
+        else:
+            self.faults.append(f"/{tag}")
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def test_a_screen_reader_finds_language_title_headings_headers_and_descriptions(write_report):
+    outline = Outline(write_report("a").report_path.read_text(encoding="utf-8"))
+    assert outline.faults == []
+    assert outline.all("html") == [{"lang": "en"}]
+    assert len(outline.all("title")) == len(outline.all("main")) == len(outline.all("h1")) == 1
+    assert len(outline.all("h2")) == 3
+    assert all(header.get("scope") in ("row", "col") for header in outline.all("th"))
+    (picture,) = outline.all("img")
+    assert "from epoch 0 to 1" in picture["alt"]
+    assert "on the test examples from 12.50% to 70.00%" in picture["alt"]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in outline.all(
+        "meta"
+    )
+    wide = [box for box in outline.all("div") if box["class"] == "wide"]
+    assert len(wide) == 2
+    assert all(box["tabindex"] == "0" and box["aria-label"] for box in wide)
+
+
+def test_a_report_can_be_read_back_and_written_again_with_the_pictures_as_they_are_now(
+    write_report,
+):
+    folder = write_report("a")
+    before = folder.report_path.read_bytes()
+    folder.report_path.unlink()
+    runs.write_page(folder.report_path, *runs.read_page(folder.report_path))
+    assert folder.report_path.read_bytes() == before
+    folder.figure_path.write_bytes(b"\x89PNG, drawn anew")
+    runs.write_page(folder.report_path, *runs.read_page(folder.report_path))
+    assert held(folder.figure_path) in folder.report_path.read_text(encoding="utf-8")
+
+
+def test_reports_of_a_folder_that_was_moved_still_find_their_pictures(write_report, tmp_path):
+    folder = write_report("a")
+    before = folder.report_path.read_bytes()
+    moved = runs.RunFolder(folder.path.rename(tmp_path / "elsewhere"))
+    runs.write_page(moved.report_path, *runs.read_page(moved.report_path))
+    assert moved.report_path.read_bytes() == before
+
+
+def test_joined_reports_hold_every_part_under_its_own_title(write_report, tmp_path):
+    folders = [write_report("a", title="one"), write_report("b", title=EVIL)]
+    path = tmp_path / "joined.html"
+    runs.write_joined_page(path, "both", [runs.read_page(f.report_path) for f in folders])
+    text = path.read_text(encoding="utf-8")
+    outline = Outline(text)
+    assert outline.faults == []
+    assert len(outline.all("h1")) == 1
+    assert [heading["id"] for heading in outline.all("h2")] == ["part-1", "part-2"]
+    assert [link["href"] for link in outline.all("a")] == ["#part-1", "#part-2"]
+    assert len(outline.all("h3")) == 6
+    assert all(held(folder.figure_path) in text for folder in folders)
+    assert "<script" not in text
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[]", '{"title": "mine"}', '{"sections": {}}'])
+def test_what_is_no_report_is_refused_by_name(write_report, content):
+    folder = write_report("a")
+    (folder.path / "report.json").write_text(content)
+    with pytest.raises(ValueError, match=r"report\.json is not what a report is made of"):
+        runs.read_page(folder.report_path)

@@ -21,23 +21,31 @@ from sgd_jax.runs.folder import (
     write_text,
 )
 from sgd_jax.runs.loggers import LOGGERS, Logger, check_loggers
+from sgd_jax.runs.page import (
+    GENERATOR,
+    Page,
+    html_figure,
+    html_pairs,
+    html_table,
+    read_page,
+    write_joined_page,
+    write_page,
+)
 from sgd_jax.runs.report import (
     column_labels,
     draw_learning_curve,
     format_record,
-    html_figure,
-    html_pairs,
-    html_table,
     save_figure,
-    write_page,
     write_report,
 )
 from sgd_jax.runs.summary import per_seed, summarize
 
 __all__ = [
+    "GENERATOR",
     "LOGGERS",
     "Checkpoints",
     "Logger",
+    "Page",
     "Record",
     "RunFolder",
     "Snapshot",
@@ -54,8 +62,10 @@ __all__ = [
     "html_table",
     "per_seed",
     "read_checkpoint",
+    "read_page",
     "save_figure",
     "summarize",
+    "write_joined_page",
     "write_json",
     "write_page",
     "write_report",

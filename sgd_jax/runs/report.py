@@ -1,9 +1,7 @@
-"""The learning curve of a run as a picture, and reports: one file each that needs no other."""
+"""The learning curve of a run as a picture, and its report."""
 
-import base64
-import html
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sgd_jax.runs.folder import Record, write_text
+from sgd_jax.runs.folder import Record
+from sgd_jax.runs.page import html_figure, html_pairs, html_table, write_page
 from sgd_jax.runs.summary import per_seed
 
 _COLORS = {"train": "#4477aa", "validation": "#ccaa22", "test": "#cc3355"}
@@ -25,16 +24,6 @@ _COLUMNS = (
     ("gradient_norm", "‖∇C‖", "{:.3g}"),
     ("seconds", "seconds", "{:.3f}"),
 )
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: auto;
-  padding: 1rem; }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.wide { overflow-x: auto; } img { width: 100%; min-width: 48rem; height: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .15rem .8rem .15rem 0; text-align: right; border-bottom: 1px solid #ddd; }
-.pairs th, .pairs td { text-align: left; vertical-align: top; font-weight: normal;
-  overflow-wrap: anywhere; } .pairs th { color: #666; }
-"""
 
 
 def draw_learning_curve(path: Path, records: Sequence[Record], title: str) -> None:
@@ -135,67 +124,32 @@ def write_report(
     records: Sequence[Record],
     figure: Path,
 ) -> None:
-    """Writes the report of a run as one HTML file without scripts or links, replaced atomically."""
+    """Writes the report of a run, see `write_page`."""
     sections = {
         "": html_pairs(summary),
-        "Learning curve": html_figure(figure, "learning curve"),
+        "Learning curve": html_figure(figure, describe_learning_curve(records)),
         "Epochs": html_table(column_labels(), [format_record(record) for record in records]),
         "Settings": html_pairs(config),
     }
     write_page(path, title, sections)
 
 
-def write_page(path: Path, title: str, sections: Mapping[str, str]) -> None:
-    """Writes one HTML file without scripts or links, replaced atomically.
-
-    Args:
-      path: Of the file.
-      title: Plain text.
-      sections: HTML by heading; the heading "" shows none.
-    """
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{html.escape(title)}</h1>",
-    ]
-    for heading, body in sections.items():
-        parts += ([f"<h2>{html.escape(heading)}</h2>"] if heading else []) + [body]
-    write_text(path, "\n".join([*parts, "</body></html>\n"]))
-
-
-def html_figure(figure: Path, description: str) -> str:
-    """Returns a PNG file as HTML that holds it."""
-    picture = base64.b64encode(figure.read_bytes()).decode("ascii")
-    source = f"data:image/png;base64,{picture}"
-    return f'<div class="wide"><img alt="{html.escape(description)}" src="{source}"></div>'
-
-
-def html_pairs(values: Mapping[str, Any]) -> str:
-    """Returns names and values as an HTML table."""
-    rows = (
-        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(_show(value))}</td></tr>"
-        for name, value in values.items()
+def describe_learning_curve(records: Sequence[Record]) -> str:
+    """Returns in words what `draw_learning_curve` shows, for a reader who cannot see it."""
+    first, last = (
+        dict(zip(column_labels(), format_record(record), strict=True))
+        for record in (records[0], records[-1])
     )
-    return f'<table class="pairs">{"".join(rows)}</table>'
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{name}: {_show(inner)}" for name, inner in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_show, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def html_table(labels: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns an HTML table of plain text."""
-    head = "".join(f"<th>{html.escape(label)}</th>" for label in labels)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows
+    changes = (
+        f"{name} from {first[label]} to {last[label]}"
+        for name, label in (
+            ("the mean cost of the training examples", "cost"),
+            ("accuracy on the training examples", "train"),
+            ("on the test examples", "test"),
+            ("the norm of the gradient", "‖∇C‖"),
+        )
     )
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    return f"Curves from epoch {first['epoch']} to {last['epoch']}: {', '.join(changes)}."
 
 
 def format_record(record: Record) -> list[str]:

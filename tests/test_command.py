@@ -1,0 +1,157 @@
+"""The command sgd-jax: from the wheel, in an environment of its own, and each of its programs."""
+
+import email
+import importlib
+import os
+import pathlib
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+
+import pytest
+
+import sgd_jax as sj
+from experiments import __main__ as command
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAMED_IN_THE_ISSUE = {"train": "train", "compare": "compare_gradients", "noise": "noise_scale"}
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """Wheel and sdist, as hatchling builds them."""
+    folder = tmp_path_factory.mktemp("dist")
+    build(ROOT, folder, "wheel", "sdist")
+    (wheel,) = folder.glob("*.whl")
+    (sdist,) = folder.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def build(source, folder, *targets):
+    words = [word for target in targets for word in ("--target", target)]
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "--directory", folder, *words],
+        cwd=source, check=True, capture_output=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(distributions, tmp_path_factory):
+    """A clean environment with the wheel; dependencies are those of this one, this package not."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install",
+         "--quiet", "--no-index", "--no-deps", "--disable-pip-version-check", distributions[0]],
+        check=True,
+    )  # fmt: skip
+    (site,) = folder.glob("lib/python*/site-packages")
+    # A path that a .pth file adds is searched, but its own .pth files, ours among them, are not.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder
+
+
+def run(environment, *words, program="sgd-jax"):
+    """Runs a program of the environment in a folder where this repository is not on the path."""
+    return subprocess.run(
+        [environment / "bin" / program, *words],
+        cwd=environment, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": "", "JAX_COMPILATION_CACHE_DIR": ""},
+    )  # fmt: skip
+
+
+def test_the_wheel_is_typed_small_and_holds_the_two_packages_alone(distributions):
+    wheel, _ = distributions
+    assert wheel.stat().st_size < 1_000_000
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = [name for name in names if name.endswith("/METADATA")]
+        fields = email.message_from_bytes(archive.read(metadata))
+    assert "sgd_jax/py.typed" in names
+    assert {name.split("/")[0] for name in names} == {
+        "sgd_jax", "experiments", metadata.split("/")[0]
+    }  # fmt: skip
+    assert fields["Version"] == sj.__version__
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sgd_jax").rglob("*.py")}
+    assert sources <= set(names)
+
+
+def test_the_sdist_builds_the_same_wheel(distributions, tmp_path):
+    wheel, sdist = distributions
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    assert {"tests", "docs", "README.md", "LICENSE"} <= {path.name for path in source.iterdir()}
+    build(source, tmp_path, "wheel")
+    assert (tmp_path / wheel.name).read_bytes() == wheel.read_bytes()
+
+
+def test_the_installed_command_shows_its_version_help_and_an_unknown_word(environment):
+    assert run(environment, "--version").stdout == f"sgd_jax {sj.__version__}\n"
+    shown = run(environment, "--help")
+    assert shown.returncode == 0
+    assert shown.stdout == command.help_text() + "\n"
+    wrong = run(environment, "trian")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: 'trian' names no program; expected one of")
+    assert len(wrong.stderr.splitlines()) == 1
+
+
+def test_the_installed_command_trains_and_reports(environment):
+    trained = run(environment, "train", "--smoke", "--epochs=1", "--run_name=mine")
+    assert trained.returncode == 0, trained.stderr
+    folder = environment / "runs" / "mine"
+    (folder / "report.html").unlink()
+    reported = run(environment, "-m", "experiments.report", "runs/mine", program="python")
+    assert reported.stdout == "report: runs/mine/report.html\n", reported.stderr
+    assert (folder / "report.html").is_file()
+
+
+def test_without_the_extra_help_works_and_a_program_says_what_to_install(environment):
+    without = "import sys; sys.modules['matplotlib'] = None; from experiments.__main__ import main"
+    shown = run(environment, "-c", f"{without}; main(['--help'])", program="python")
+    assert shown.stdout == command.help_text() + "\n"
+    refused = run(environment, "-c", f"{without}; sys.exit(main(['train']))", program="python")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: Run folders need orbax-checkpoint and matplotlib")
+    assert refused.stderr.rstrip().endswith("Run: pip install 'sgd_jax[experiments]'")
+
+
+def test_help_and_version_need_no_jax():
+    source = (
+        "import sys; from experiments.__main__ import main; main(['--help']); main(['--version']); "
+        "main(['nothing']); print(sorted({'jax', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_every_program_asks_a_question_and_has_a_main():
+    for name, question in command.programs().items():
+        assert question.endswith("?"), name
+        module = importlib.import_module(f"experiments.{name}")
+        assert callable(module.main)
+
+
+@pytest.mark.parametrize(("word", "program"), NAMED_IN_THE_ISSUE.items())
+def test_the_beginning_of_a_name_is_enough(word, program):
+    assert command.find_program(word) == program
+    assert command.find_program(program.replace("_", "-")) == program
+
+
+@pytest.mark.parametrize("word", ["", "_cli", "__main__", "trainer", "../train", "train.py"])
+def test_a_word_that_names_no_program_is_refused(word):
+    with pytest.raises(ValueError, match="names no program; expected one of"):
+        command.find_program(word)
+
+
+def test_a_word_that_begins_several_names_is_refused(tmp_path, monkeypatch):
+    for name in ("sample", "sampling"):
+        (tmp_path / f"{name}.py").write_text('"""Which?"""\n')
+    monkeypatch.setattr(command, "__file__", str(tmp_path / "__main__.py"))
+    with pytest.raises(ValueError, match="'samp' may be sample or sampling; expected one of"):
+        command.find_program("samp")
+    assert command.find_program("sampl" + "e") == "sample"
