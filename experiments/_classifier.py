@@ -1,7 +1,7 @@
 """Training a network of sigmoid neurons to classify: its compiled programs, for several seeds."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,7 +17,16 @@ from sgd_jax.networks import InitScheme
 
 Cost = Literal["quadratic", "cross_entropy"]
 
+PARTS = ("train", "validation", "test")
 _CHUNK_SIZE = 2048  # examples that an evaluation looks at together: bounds its memory
+
+DrawEpoch = Callable[[Array, Array, int, int], Array]
+"""From the key of a seed, the number of an epoch, n and the batch size to its mini-batches."""
+
+
+def draw_reshuffled(key: Array, number: Array, n: int, batch_size: int) -> Array:
+    """Returns the mini-batches of an epoch in a new random order, the short last one too."""
+    return sj.sampling.epoch(jax.random.fold_in(key, number), n, batch_size, keep_last=True)
 
 
 class Programs(NamedTuple):
@@ -45,6 +54,8 @@ def make_programs(
     init: InitScheme,
     seeds: range,
     dtype: jax.typing.DTypeLike,
+    parts: Sequence[str] = PARTS,
+    draw_epoch: DrawEpoch = draw_reshuffled,
 ) -> Programs:
     """Compiles the programs and puts the data on the device, pixels as the bytes they came as.
 
@@ -56,12 +67,17 @@ def make_programs(
     among equals); further `gradient_norm`, ‖∇C‖ of the mean cost of the whole training set without
     weight decay, and `dead_classes_test`, the number of classes in the test set of whose examples
     fewer than one in ten are right: the mark of an output neuron that died, or has yet to wake.
+
+    ``parts`` are those measured, if not all three; ``draw_epoch`` makes the mini-batches of an
+    epoch from the key of a seed, the number of the epoch and the batch size.
     """
     fun, output = example_functions(cost, dataset.num_classes, dataset.scale, dtype)
     epoch = sj.make_epoch(fun, optimizer)
     n = len(dataset.train.labels)
+    train_data = to_device(dataset.train, dtype)
     data = {
-        name: to_device(getattr(dataset, name), dtype) for name in ("train", "validation", "test")
+        name: train_data if name == "train" else to_device(getattr(dataset, name), dtype)
+        for name in parts
     }
     keys, init_all = make_init(optimizer, sizes=sizes, init=init, seeds=seeds, dtype=dtype)
 
@@ -69,8 +85,7 @@ def make_programs(
         batch_size: int, state: sj.TrainState, keys: Array, number: Array, examples: Examples
     ) -> tuple[sj.TrainState, Array]:
         def train_one(state: sj.TrainState, keys: Array) -> tuple[sj.TrainState, Array]:
-            key = jax.random.fold_in(keys[1], number)
-            batches = sj.sampling.epoch(key, n, batch_size, keep_last=True)
+            batches = draw_epoch(keys[1], number, n, batch_size)
             state, info = epoch(state, examples, batches)
             return state, info.cost
 
@@ -89,6 +104,8 @@ def make_programs(
 
     def norms(params: Params, data: dict[str, Examples]) -> dict[str, _Totals]:
         totals = measure(params, data)
+        if "train" not in totals:
+            return totals
         norm = jax.vmap(tree_norm)(totals["train"].gradient)
         return totals | {"train": totals["train"]._replace(gradient=norm)}
 
@@ -101,8 +118,8 @@ def make_programs(
     def make_epoch(
         batch_size: int,
     ) -> Callable[[sj.TrainState, int], tuple[sj.TrainState, Array]]:
-        compiled = train_fn.lower(batch_size, state, keys, number, data["train"]).compile()
-        return lambda state, number: compiled(state, keys, np.int32(number), data["train"])
+        compiled = train_fn.lower(batch_size, state, keys, number, train_data).compile()
+        return lambda state, number: compiled(state, keys, np.int32(number), train_data)
 
     measure_fn = jax.jit(norms).lower(state.params, data).compile()
     sizes_of_classes = {

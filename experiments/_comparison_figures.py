@@ -1,13 +1,12 @@
 """Pictures of a comparison of gradient estimates: laws as lines, measurements as points."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from sgd_jax import runs
+from experiments._tabled import Picture
 
 _COLORS = {
     "without_replacement": "#4477aa",
@@ -22,11 +21,10 @@ _Z = 1.96  # bars and shades hold 95 % of a normal distribution
 Rows = list[dict[str, Any]]
 
 
-def draw_all(folder: Path, description: str, result: Any) -> dict[str, Path]:
-    """Draws the figures of a comparison into a folder; returns their files by heading.
+def draw_all(description: str, result: Any) -> list[Picture]:
+    """Returns the figures of a comparison.
 
     Args:
-      folder: For the PNG files.
       description: Of the point where gradients are compared.
       result: What `experiments.compare_gradients.run` returns.
     """
@@ -37,12 +35,23 @@ def draw_all(folder: Path, description: str, result: Any) -> dict[str, Path]:
     law.suptitle(f"What a mini-batch gradient is worth: {description}", fontsize=13)
     price = figure_of_prices(by_scheme, result.point)
     price.suptitle(f"Better ways to draw, and what they cost: {description}", fontsize=13)
-    figures = {"Laws and measurements": ("laws", law), "Ways to draw": ("schemes", price)}
-    files = {}
-    for heading, (name, figure) in figures.items():
-        files[heading] = folder / f"{name}.png"
-        runs.save_figure(files[heading], figure)
-    return files
+    return [
+        Picture(
+            "Laws and measurements",
+            "Three curves over the mini-batch size: the squared error of the estimate falls as its "
+            "law says, measured over exact error stays near 1, and the cosine to the full gradient "
+            "rises to 1.",
+            law,
+            "laws",
+        ),
+        Picture(
+            "Ways to draw",
+            "Left, the squared error of each way to draw as a multiple of that of independent "
+            "draws; right, the relative error against the time of an estimate.",
+            price,
+            "schemes",
+        ),
+    ]
 
 
 def figure_of_laws(by_scheme: Mapping[str, Rows], point: Mapping[str, float]) -> Figure:

@@ -35,9 +35,7 @@ class TableDisplay:
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("", total=total)
-        self._widths = [max(len(label), 8) for label in labels]
-        self._head = self._line(labels)
-        self._started = False
+        self.begin(labels)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -50,6 +48,12 @@ class TableDisplay:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.stop()
+
+    def begin(self, labels: Sequence[str]) -> None:
+        """Begins a table: its headings stand above the next line."""
+        self._widths = [max(len(label), 8) for label in labels]
+        self._head = self._line(labels)
+        self._started = False
 
     def say(self, text: str) -> None:
         """Shows a line of text."""

@@ -17,11 +17,8 @@ docs/results/compare_gradients_mnist.md. Its time goes into the largest m: 2,000
 2,000 m gradients of examples.
 """
 
-import csv
 import dataclasses
-import io
-import sys
-import time
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,13 +30,12 @@ from experiments import (
     _cli,
     _comparison,
     _comparison_figures,
-    _flags,
     _recorded,
     _starting_point,
+    _tabled,
 )
-from experiments._console import TableDisplay
-from experiments._recorded import Output
 from experiments._starting_point import StartingPoint
+from experiments._tabled import Column
 from sgd_jax import runs
 
 _SMOKE = {"num_draws": 200, "min_drawn": 0, "batch_sizes": (10, 0)}
@@ -179,41 +175,26 @@ def run(
     )
 
 
-_COLUMNS = (
-    ("scheme", "scheme             ", "{:<19}"),
-    ("batch_size", "m", "{:,}"),
-    ("num_draws", "draws", "{:,}"),
-    ("predicted", "E‖ĝ−G‖²", "{:.4g}"),
-    ("measured", "measured", "{:.4g}"),
-    ("ratio", "ratio", "{:.4f}"),
-    ("ratio_standard_error", "±", "{:.4f}"),
-    ("cosine_of_means", "cosine", "{:.4f}"),
-    ("mean_cosine", "mean cos", "{:.4f}"),
-    ("cosine_5", "5 %", "{:.4f}"),
-    ("cosine_95", "95 %", "{:.4f}"),
-    ("draw_seconds", "draw, µs", "{:,.1f}"),
-    ("gradient_seconds", "gradient, µs", "{:,.1f}"),
+TABLE = _tabled.Table(
+    (
+        Column("scheme", "scheme             ", "{:<19}"),
+        Column("batch_size", "m", "{:,}"),
+        Column("num_draws", "draws", "{:,}"),
+        Column("predicted", "E‖ĝ−G‖²", "{:.4g}"),
+        Column("measured", "measured", "{:.4g}"),
+        Column("ratio", "ratio", "{:.4f}"),
+        Column("ratio_standard_error", "±", "{:.4f}"),
+        Column("cosine_of_means", "cosine", "{:.4f}"),
+        Column("mean_cosine", "mean cos", "{:.4f}"),
+        Column("cosine_5", "5 %", "{:.4f}"),
+        Column("cosine_95", "95 %", "{:.4f}"),
+        Column("draw_seconds", "draw, µs", "{:,.1f}", scale=1e6),
+        Column("gradient_seconds", "gradient, µs", "{:,.1f}", scale=1e6),
+    ),
+    legend="E‖ĝ−G‖² and cosine, 1/√(1 + E‖ĝ−G‖²/‖G‖²) = E⟨ĝ,G⟩/√(E‖ĝ‖²‖G‖²), are exact; measured, "
+    "ratio (measured to exact, ± its standard error), mean cos and its quantiles are of the draws. "
+    "The mean of the cosines is only close to the exact cosine of the means.",
 )
-LEGEND = (
-    "E‖ĝ−G‖² and cosine, 1/√(1 + E‖ĝ−G‖²/‖G‖²) = E⟨ĝ,G⟩/√(E‖ĝ‖²‖G‖²), are exact; measured, ratio "
-    "(measured to exact, ± its standard error), mean cos and its quantiles are of the draws. The "
-    "mean of the cosines is only close to the exact cosine of the means."
-)
-
-
-def labels() -> list[str]:
-    """Returns the headings of the table."""
-    return [label for _, label, _ in _COLUMNS]
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """Returns a row as in the table, in the order of `labels`."""
-    micro = {name: 1e6 * row[name] for name in ("draw_seconds", "gradient_seconds")}
-    shown = row | micro
-    return [
-        "–" if shown[name] is None else template.format(shown[name])
-        for name, _, template in _COLUMNS
-    ]
 
 
 _BATCH_SIZES = flags.DEFINE_list(
@@ -235,34 +216,19 @@ _FLOOR = flags.DEFINE_float(
 _RUN = flags.DEFINE_string(
     "run", None, "Folder of a run of experiments.train: compare at its last checkpoint."
 )
-GROUPS: _cli.HelpGroups = {
-    "Comparison": (_BATCH_SIZES, _SCHEMES, _NUM_DRAWS, _MIN_DRAWN, _FLOOR, _RUN),
-    **{name: _flags.GROUPS[name] for name in ("Data", "Network", "Training")},
-    "Seed": tuple(holder for holder in _flags.GROUPS["Seeds"] if holder.name == "seed"),
-    "Run folder": tuple(
-        holder
-        for holder in _flags.GROUPS["Run folder"]
-        if holder.name in ("out_dir", "run_name", "smoke")
-    ),
-}
+GROUPS = _tabled.groups(
+    {"Comparison": (_BATCH_SIZES, _SCHEMES, _NUM_DRAWS, _MIN_DRAWN, _FLOOR, _RUN)},
+    "num_seeds",
+    shared=("Data", "Network", "Training", "Seeds", "Run folder"),
+)
 
 
 def main() -> int:
     """Reads the flags, compares, leaves the run folder; returns the exit code."""
-    began = time.perf_counter()
     with _cli.user_errors():
-        given = _flags.given_settings(GROUPS)
-        own = _take(given, Config)
-        output = Output(**_take(given, Output))
-        if given.get("smoke"):
-            own = _SMOKE | own
-        for name in ("batch_sizes", "schemes"):
-            if own.get(name) is not None:
-                own[name] = tuple(own[name])
-        if "batch_sizes" in own:
-            own["batch_sizes"] = _parse_batch_sizes(own["batch_sizes"])
-        config = Config(**own)
-        _recorded.read_stored(output)
+        config, given, output = _tabled.read_settings(
+            Config, GROUPS, _SMOKE, parse={"batch_sizes": _parse_batch_sizes}
+        )
         params = None
         if config.run is None:
             training, dataset = _starting_point.prepare({"epochs": _EPOCHS} | given)
@@ -275,34 +241,20 @@ def main() -> int:
         config = resolve(config, n, num_classes, has_anchor)
         settings = {**dataclasses.asdict(training), "comparison": dataclasses.asdict(config)}
         folder, notes = _recorded.open_folder(output, settings, dataset, None, __file__)
+
+    def find(show: _tabled.Show) -> _tabled.Answer:
+        point = _starting_point.find_point(training, dataset, params)
+        result = run(config, point, training.seed, functools.partial(show, TABLE))
+        runs.write_json(folder.path / "table.json", {"point": result.point, "rows": result.rows})
+        return _tabled.Answer(
+            title=f"What a mini-batch gradient is worth: {point.description}",
+            summary={"description": point.description, **result.point},
+            tables=[(TABLE, result.rows)],
+            pictures=_comparison_figures.draw_all(point.description, result),
+        )
+
     total = len(config.batch_sizes or ()) * len(config.schemes or ())
-    done = 0
-    with TableDisplay(labels(), total, "row") as display:
-        for note in notes:
-            display.say(note)
-
-        def on_row(row: dict[str, Any]) -> None:
-            nonlocal done
-            done += 1
-            display.add(cells(row), done)
-
-        try:
-            point = _starting_point.find_point(training, dataset, params)
-            result = run(config, point, training.seed, on_row)
-        except ArithmeticError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    _write(folder, point.description, result)
-    print(LEGEND)
-    print(f"the full gradient takes {1e3 * result.point['seconds']:.2f} ms")
-    print(f"{time.perf_counter() - began:.1f} s in all")
-    print(f"run folder: {folder.path}")
-    return 0
-
-
-def _take(given: dict[str, Any], kind: Any) -> dict[str, Any]:
-    """Takes out of ``given`` the settings that are fields of a dataclass."""
-    return {f.name: given.pop(f.name) for f in dataclasses.fields(kind) if f.name in given}
+    return _tabled.record(folder, notes, total, find)
 
 
 def _parse_batch_sizes(texts: tuple[Any, ...]) -> tuple[int, ...]:
@@ -316,25 +268,6 @@ def _parse_batch_sizes(texts: tuple[Any, ...]) -> tuple[int, ...]:
     if any(text in ("0", "-0") for text in texts):
         raise ValueError("batch_sizes holds 0; expected sizes of at least 1, or full for all")
     return sizes
-
-
-def _write(folder: runs.RunFolder, description: str, result: Result) -> None:
-    """Writes table, figures, report and, last of all, `summary.json`."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(result.rows[0]))
-    writer.writeheader()
-    writer.writerows(result.rows)
-    runs.write_text(folder.path / "table.csv", table.getvalue())
-    runs.write_json(folder.path / "table.json", {"point": result.point, "rows": result.rows})
-    figures = _comparison_figures.draw_all(folder.path / "figures", description, result)
-    title = f"What a mini-batch gradient is worth: {description}"
-    sections = {"": runs.html_pairs(result.point)}
-    sections |= {heading: runs.html_figure(path, heading) for heading, path in figures.items()}
-    table_html = runs.html_table(labels(), [cells(row) for row in result.rows])
-    sections |= {"Table": f"<p>{LEGEND}</p>{table_html}"}
-    sections |= {"Settings": runs.html_pairs(folder.read_config())}
-    runs.write_page(folder.report_path, title, sections)
-    folder.write_summary({"status": "complete", "description": description, **result.point})
 
 
 if __name__ == "__main__":

@@ -18,12 +18,8 @@ to 1,170) after the seventh, from 576 to 2,230 between them. All 50,000 examples
 CPU time of an epoch, 0.1 s; 1,000 of them, as `experiments.train --track_noise` does, in 4 % of it.
 """
 
-import csv
 import dataclasses
-import io
-import sys
-import time
-from pathlib import Path
+import functools
 from typing import Any
 
 import numpy as np
@@ -31,14 +27,28 @@ from absl import flags
 from matplotlib.figure import Figure
 
 import sgd_jax as sj
-from experiments import _cli, _flags, _recorded, _starting_point, train
+from experiments import _cli, _recorded, _starting_point, _tabled, train
 from experiments._config import Config
-from experiments._console import TableDisplay
-from experiments._recorded import Output
+from experiments._tabled import Column, Table
 from sgd_jax import data, runs
 
 _EPOCHS = 15
 _LAYER_COLORS = ("#ccaa22", "#aa3377", "#66ccee", "#cc3355")
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """What is measured; the flag of the same name says what it is."""
+
+    num_measured: int = 0
+
+    def __post_init__(self):
+        """Raises ValueError at what is wrong whatever the data are."""
+        if self.num_measured != 0 and self.num_measured < 3:
+            raise ValueError(
+                f"num_measured is {self.num_measured}; expected 0, for all, or at least 3"
+            )
+
 
 _NUM_MEASURED = flags.DEFINE_integer(
     "num_measured",
@@ -46,27 +56,34 @@ _NUM_MEASURED = flags.DEFINE_integer(
     "Training examples measured, drawn anew each time, to estimate B of all n; 0: all of them, "
     "taken for a sample of what they were drawn from.",
 )
-_OMITTED = ("num_seeds", "resume", "log_to", "track_noise", "noise_examples")
-GROUPS: _cli.HelpGroups = {
-    "Noise scale": (_NUM_MEASURED,),
-    **{
-        heading: tuple(holder for holder in holders if holder.name not in _OMITTED)
-        for heading, holders in _flags.GROUPS.items()
-        if heading != "Gradient noise"
-    },
-}
-
-_COLUMNS = (
-    ("epoch", "epoch", "{:d}"),
-    ("noise_scale", "B = tr Σ/‖G‖²", "{:,.1f}"),
-    ("noise_scale_low", "low", "{:,.1f}"),
-    ("noise_scale_high", "high", "{:,.1f}"),
-    ("noise_trace", "tr Σ", "{:.4g}"),
-    ("noise_squared_norm", "‖G‖²", "{:.3g}"),
-    ("cost_train", "cost", "{:.4g}"),
-    ("accuracy_train", "train", "{:.2%}"),
-    ("accuracy_test", "test", "{:.2%}"),
+GROUPS = _tabled.groups(
+    {"Noise scale": (_NUM_MEASURED,)},
+    "num_seeds",
+    shared=("Data", "Network", "Training", "Seeds", "Run folder"),
 )
+
+
+def make_table(num_layers: int) -> Table:
+    """Returns the columns of the records of a network of so many layers."""
+    undetermined = functools.partial(Column, missing="undetermined")
+    return Table(
+        (
+            Column("epoch", "epoch"),
+            undetermined("noise_scale", "B = tr Σ/‖G‖²", "{:,.1f}"),
+            Column("noise_scale_low", "low", "{:,.1f}", missing="∞"),
+            Column("noise_scale_high", "high", "{:,.1f}", missing="∞"),
+            Column("noise_trace", "tr Σ", "{:.4g}"),
+            Column("noise_squared_norm", "‖G‖²", "{:.3g}"),
+            Column("cost_train", "cost", "{:.4g}"),
+            Column("accuracy_train", "train", "{:.2%}"),
+            Column("accuracy_test", "test", "{:.2%}"),
+            *(
+                undetermined(f"noise_scale_layer{k}", f"B, layer {k}", "{:,.1f}")
+                for k in range(1, num_layers + 1)
+            ),
+        ),
+        heading="Noise scale over the epochs",
+    )
 
 
 def run(config: Config, dataset: data.Dataset | None = None, **callbacks: Any) -> list[runs.Record]:
@@ -85,29 +102,12 @@ def run(config: Config, dataset: data.Dataset | None = None, **callbacks: Any) -
     return train.run(dataclasses.replace(config, track_noise=True), dataset, **callbacks).records
 
 
-def labels(num_layers: int) -> list[str]:
-    """Returns the headings of the table."""
-    layers = [f"B, layer {k}" for k in range(1, num_layers + 1)]
-    return [label for _, label, _ in _COLUMNS] + layers
-
-
-def cells(record: runs.Record) -> list[str]:
-    """Returns a record as in the table, in the order of `labels`."""
-    shown = [(name, template) for name, _, template in _COLUMNS]
-    shown += [(name, "{:,.1f}") for name in _layers(record)]
-    missing = {"noise_scale_high": "∞"}
-    return [
-        missing.get(name, "undetermined") if record[name] is None else template.format(record[name])
-        for name, template in shown
-    ]
-
-
 def _layers(record: runs.Record) -> list[str]:
     return [name for name in record if name.startswith("noise_scale_layer")]
 
 
-def draw(path: Path, records: list[runs.Record], title: str) -> None:
-    """Draws noise scale, its two parts and accuracy over the epochs into a PNG file."""
+def draw(records: list[runs.Record], title: str) -> Figure:
+    """Returns noise scale, its two parts and accuracy over the epochs."""
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     scale, parts, accuracy = figure.subplots(1, 3)
     epochs = np.array([record["epoch"] for record in records])
@@ -144,75 +144,50 @@ def draw(path: Path, records: list[runs.Record], title: str) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(title, fontsize=13, parse_math=False)
-    runs.save_figure(path, figure)
+    return figure
 
 
 def main() -> int:
     """Reads the flags, trains and measures, leaves the run folder; returns the exit code."""
-    began = time.perf_counter()
     with _cli.user_errors():
-        given = _flags.given_settings(GROUPS)
-        output = Output(**{k: given.pop(k) for k in ("out_dir", "run_name") if k in given})
-        num_measured = given.pop("num_measured", 0)
-        if num_measured != 0 and num_measured < 3:
-            raise ValueError(f"num_measured is {num_measured}; expected 0, for all, or at least 3")
-        _recorded.read_stored(output)
+        own, given, output = _tabled.read_settings(Own, GROUPS, {})
         config, dataset = _starting_point.prepare({"epochs": _EPOCHS} | given)
         n = len(dataset.train.labels)
-        if num_measured > n:
+        if own.num_measured > n:
             raise ValueError(
-                f"num_measured is {num_measured}; expected at most {n}, the training examples, or 0"
+                f"num_measured is {own.num_measured}; expected at most {n}, the training examples, "
+                "or 0"
             )
-        config = dataclasses.replace(config, noise_examples=num_measured or n, track_noise=True)
+        config = dataclasses.replace(config, noise_examples=own.num_measured or n, track_noise=True)
         settings = dataclasses.asdict(config)
         folder, notes = _recorded.open_folder(output, settings, dataset, None, __file__)
-    records: list[runs.Record] = []
-    with TableDisplay(labels(len(config.sizes or ()) - 1), config.epochs, "epoch") as display:
-        for note in notes:
-            display.say(note)
+    table = make_table(len(config.sizes or ()) - 1)
 
+    def find(show: _tabled.Show) -> _tabled.Answer:
         def on_epoch(state: sj.TrainState, record: runs.Record) -> None:
             del state
             folder.append_metrics(record)
-            records.append(record)
-            display.add(cells(record), record["epoch"])
+            show(table, record)
 
-        try:
-            run(config, dataset, on_epoch=on_epoch)
-        except ArithmeticError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    _write(folder, records, f"Gradient noise scale in training: {folder.path.name}")
-    print(f"{time.perf_counter() - began:.1f} s in all")
-    print(f"run folder: {folder.path}")
-    return 0
+        records = run(config, dataset, on_epoch=on_epoch)
+        title = f"Gradient noise scale in training: {folder.path.name}"
+        last = records[-1]
+        summary = {
+            "epochs": last["epoch"],
+            "num_undetermined": sum(record["noise_scale"] is None for record in records),
+            **{name: last[name] for name in last if name.startswith("noise_")},
+            "final_test_accuracy": last["accuracy_test"],
+        }
+        picture = _tabled.Picture(
+            "Noise scale",
+            "Over the epochs: the noise scale with its interval, the trace and the squared norm "
+            "that it is the ratio of, and the accuracy.",
+            draw(records, title),
+            "noise_scale",
+        )
+        return _tabled.Answer(title, summary, [(table, records)], [picture])
 
-
-def _write(folder: runs.RunFolder, records: list[runs.Record], title: str) -> None:
-    """Writes table, figure, report and, last of all, `summary.json`."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(records[0]))
-    writer.writeheader()
-    writer.writerows(records)
-    runs.write_text(folder.path / "table.csv", table.getvalue())
-    figure = folder.path / "figures" / "noise_scale.png"
-    draw(figure, records, title)
-    last = records[-1]
-    summary = {
-        "status": "complete",
-        "epochs": last["epoch"],
-        "num_undetermined": sum(record["noise_scale"] is None for record in records),
-        **{name: last[name] for name in last if name.startswith("noise_")},
-        "final_test_accuracy": last["accuracy_test"],
-    }
-    sections = {
-        "": runs.html_pairs(summary),
-        "Noise scale": runs.html_figure(figure, "noise scale over the epochs"),
-        "Table": runs.html_table(labels(len(_layers(last))), [cells(r) for r in records]),
-        "Settings": runs.html_pairs(folder.read_config()),
-    }
-    runs.write_page(folder.report_path, title, sections)
-    folder.write_summary(summary)
+    return _tabled.record(folder, notes, config.epochs, find, unit="epoch")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Expected, as best test accuracy of 30 epochs, on 2 shared CPU cores with compili
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
@@ -49,6 +49,8 @@ def run(
     *,
     restore: Callable[[sj.TrainState], runs.Snapshot | None] = lambda state: None,
     on_epoch: Callable[[sj.TrainState, runs.Record], None] = lambda state, record: None,
+    parts: Sequence[str] = _classifier.PARTS,
+    draw_epoch: _classifier.DrawEpoch = _classifier.draw_reshuffled,
 ) -> Result:
     """Trains, measuring before the first epoch and after each.
 
@@ -66,6 +68,8 @@ def run(
         follows is then bit for bit what would have followed.
       on_epoch: Called with state and record of each epoch, the first included unless restored. The
         next epoch uses the state up: copy what is to be kept.
+      parts: Of the data set, on which it is measured.
+      draw_epoch: Makes the mini-batches of an epoch; see `_classifier.make_programs`.
 
     Raises:
       ValueError: the settings do not fit the data, or float64 is wanted and not enabled.
@@ -88,6 +92,8 @@ def run(
         init=config.init,
         seeds=seeds,
         dtype=np.dtype(config.dtype),
+        parts=parts,
+        draw_epoch=draw_epoch,
     )
     records = []
 

@@ -106,17 +106,19 @@ def test_csv_json_and_report_hold_the_same_table(folder, table):
     assert [float(row["measured"]) for row in rows] == [row["measured"] for row in table["rows"]]
     report = (folder / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 2 == len(list((folder / "figures").iterdir()))
-    for label in compare_gradients.labels():
+    for label in compare_gradients.TABLE.labels():
         assert f">{label}</th>" in report
     for row in table["rows"]:
-        cells = "".join(f"<td>{cell}</td>" for cell in compare_gradients.cells(row))
+        cells = "".join(f"<td>{cell}</td>" for cell in compare_gradients.TABLE.cells(row))
         assert cells in report
     assert json.loads((folder / "summary.json").read_text())["status"] == "complete"
 
 
 def test_every_cell_of_a_row_stands_under_its_label(table):
     row = table["rows"][0]
-    shown = dict(zip(compare_gradients.labels(), compare_gradients.cells(row), strict=True))
+    shown = dict(
+        zip(compare_gradients.TABLE.labels(), compare_gradients.TABLE.cells(row), strict=True)
+    )
     assert shown["m"] == "50"
     assert float(shown["E‖ĝ−G‖²"]) == pytest.approx(row["predicted"], rel=1e-3)
     assert float(shown["gradient, µs"]) == pytest.approx(1e6 * row["gradient_seconds"], abs=0.06)

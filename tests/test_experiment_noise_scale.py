@@ -112,7 +112,7 @@ def test_the_experiment_leaves_records_table_figure_and_report(folder):
     assert [float(row["noise_trace"]) for row in rows] == [r["noise_trace"] for r in records]
     report = (folder / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 1
-    for label in noise_scale.labels(2):
+    for label in noise_scale.make_table(2).labels():
         assert f">{label}</th>" in report
     summary = json.loads((folder / "summary.json").read_text())
     undetermined = [record["noise_scale"] is None for record in records]

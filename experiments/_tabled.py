@@ -1,0 +1,242 @@
+"""What experiments that answer by a table share: their settings, and all that they leave behind."""
+
+import csv
+import dataclasses
+import html
+import io
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from matplotlib.figure import Figure
+
+from experiments import _flags, _recorded, _starting_point
+from experiments._cli import HelpGroups
+from experiments._config import Config
+from experiments._console import TableDisplay
+from experiments._recorded import Output
+from sgd_jax import data, runs
+
+Row = dict[str, Any]
+"""A line of a table: values by name, None where there is none."""
+
+Own = TypeVar("Own")
+
+
+class Column(NamedTuple):
+    """What a column of the table shows of a row."""
+
+    name: str
+    label: str
+    template: str = "{}"
+    missing: str = "–"
+    """Stands for None."""
+    scale: float = 1
+    """Of the unit shown: 1e6 shows microseconds of seconds."""
+
+    def cell(self, row: Mapping[str, Any]) -> str:
+        """Returns the value as it is shown."""
+        value = row[self.name]
+        if value is None:
+            return self.missing
+        return self.template.format(value if self.scale == 1 else self.scale * value)
+
+
+class Picture(NamedTuple):
+    """A figure of the report."""
+
+    heading: str
+    description: str
+    """What a person sees who does not see it."""
+    figure: Figure | Path
+    """To be drawn, or a file that is there already."""
+    stem: str = ""
+    """Of the file to draw: `figures/<stem>.png`."""
+
+
+class Table(NamedTuple):
+    """The columns of a table, and what it is called."""
+
+    columns: Sequence[Column]
+    heading: str = "Table"
+    stem: str = "table"
+    """Of its file: `<stem>.csv`."""
+    legend: str = ""
+    """What the columns mean, where their labels do not say."""
+
+    def labels(self) -> list[str]:
+        """Returns the headings of the columns."""
+        return [column.label for column in self.columns]
+
+    def cells(self, row: Mapping[str, Any]) -> list[str]:
+        """Returns a row as it is shown, in the order of `labels`."""
+        return [column.cell(row) for column in self.columns]
+
+
+Show = Callable[[Table, Row], None]
+"""Shows a row of a table as soon as it is there."""
+
+
+class Answer(NamedTuple):
+    """What an experiment found."""
+
+    title: str
+    summary: Row
+    """A few numbers, ready for JSON."""
+    tables: Sequence[tuple[Table, Sequence[Row]]]
+    pictures: Sequence[Picture]
+    curves: Mapping[str, Sequence[Row]] = {}
+    """Rows too many to show, each to a CSV file of its name."""
+
+
+def groups(own: HelpGroups, *omitted: str, shared: Sequence[str]) -> HelpGroups:
+    """Returns the flags of an experiment by heading: its own, then those shared with training.
+
+    Args:
+      own: Its own flags by heading.
+      *omitted: Names of shared flags that it does not read.
+      shared: Headings of `_flags.GROUPS` that it takes flags from.
+    """
+    omitted = (*omitted, "resume", "log_to")
+    kept = {
+        heading: tuple(holder for holder in _flags.GROUPS[heading] if holder.name not in omitted)
+        for heading in shared
+    }
+    return {**own, **kept}
+
+
+def take(given: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """Takes out of ``given`` the settings that are fields of a dataclass."""
+    return {f.name: given.pop(f.name) for f in dataclasses.fields(kind) if f.name in given}
+
+
+class Opened(NamedTuple):
+    """Checked settings and data, and a folder made for the answer."""
+
+    training: Config
+    dataset: data.Dataset
+    folder: runs.RunFolder
+    notes: list[str]
+
+
+def read_settings(
+    kind: Callable[..., Own],
+    flag_groups: HelpGroups,
+    smoke: Mapping[str, Any],
+    parse: Mapping[str, Callable[[tuple[str, ...]], Any]] = {},
+) -> tuple[Own, dict[str, Any], Output]:
+    """Returns the experiment's own settings, those of training that are given, and the output.
+
+    Args:
+      kind: The dataclass of its own settings.
+      flag_groups: The flags that the program reads.
+      smoke: Its own settings with --smoke, where they are not given.
+      parse: For settings that are lists: from the words given to what ``kind`` takes. By default
+        they are the words themselves.
+
+    Raises:
+      ValueError: a setting is wrong whatever the data are.
+      OSError: the folder exists already, or cannot be written to.
+    """
+    given = _flags.given_settings(flag_groups)
+    own, output = take(given, kind), Output(**take(given, Output))
+    for name, value in own.items():
+        if isinstance(value, list):
+            own[name] = parse.get(name, tuple)(tuple(value))
+    config = kind(**((dict(smoke) if given.get("smoke") else {}) | own))
+    _recorded.read_stored(output)
+    return config, given, output
+
+
+def open_folder(
+    name: str, config: Any, given: Mapping[str, Any], output: Output, source: str
+) -> Opened:
+    """Loads the data, checks the settings of training against them, and makes the run folder.
+
+    Args:
+      name: Under which the experiment's own settings stand in `config.json`.
+      config: The experiment's own settings, a dataclass.
+      given: Settings of training.
+      output: Where the folder goes.
+      source: File of the program.
+    """
+    training, dataset = _starting_point.prepare(dict(given))
+    settings = {**dataclasses.asdict(training), name: dataclasses.asdict(config)}
+    return Opened(
+        training, dataset, *_recorded.open_folder(output, settings, dataset, None, source)
+    )
+
+
+def record(
+    folder: runs.RunFolder,
+    notes: Sequence[str],
+    total: int,
+    find: Callable[[Show], Answer],
+    unit: str = "row",
+) -> int:
+    """Finds the answer, showing tables as they grow, and writes it; returns the exit code.
+
+    Leaves a CSV file of each table, `figures/`, `report.html` and, last of all, `summary.json`.
+
+    Args:
+      folder: Of the run.
+      notes: Shown first.
+      total: How many rows there will be, for the progress bar.
+      find: Called with what shows a row; an ArithmeticError that it raises is told to the user.
+      unit: What a row is.
+    """
+    began, shown, last = time.perf_counter(), 0, None
+    with TableDisplay([], total, unit) as display:
+        for note in notes:
+            display.say(note)
+
+        def show(table: Table, row: Row) -> None:
+            nonlocal shown, last
+            if table.stem != last:
+                display.begin(table.labels())
+                last = table.stem
+            shown += 1
+            display.add(table.cells(row), shown)
+
+        try:
+            answer = find(show)
+        except ArithmeticError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    _write(folder, answer)
+    for table, _ in answer.tables:
+        if table.legend:
+            print(table.legend)
+    print(f"{time.perf_counter() - began:.1f} s in all")
+    print(f"run folder: {folder.path}")
+    return 0
+
+
+def _write(folder: runs.RunFolder, answer: Answer) -> None:
+    sections = {"": runs.html_pairs(answer.summary)}
+    for picture in answer.pictures:
+        path = picture.figure
+        if isinstance(path, Figure):
+            path = folder.path / "figures" / f"{picture.stem}.png"
+            runs.save_figure(path, picture.figure)  # pyright: ignore[reportArgumentType]
+        sections[picture.heading] = runs.html_figure(path, picture.description)
+    for table, rows in answer.tables:
+        legend = f"<p>{html.escape(table.legend)}</p>" if table.legend else ""
+        shown = runs.html_table(table.labels(), [table.cells(row) for row in rows])
+        sections[table.heading] = legend + shown
+    csv_files = {table.stem: rows for table, rows in answer.tables} | dict(answer.curves)
+    for stem, rows in csv_files.items():
+        runs.write_text(folder.path / f"{stem}.csv", _csv(rows))
+    sections["Settings"] = runs.html_pairs(folder.read_config())
+    runs.write_page(folder.report_path, answer.title, sections)
+    folder.write_summary({"status": "complete", **answer.summary})
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
