@@ -50,36 +50,66 @@ def problems():
 # The suite `epoch`
 
 
-def assert_contenders_agree(suite):
-    ours, *others = [contender.make()() for contender in suite.contenders]
-    for other in others:
-        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+def assert_all_agree(harness, suite):
+    contenders = [c._replace(max_rounds=None) for c in suite.contenders]
+    result = harness.measure(suite._replace(contenders=contenders, tolerance=1e-4), num_rounds=1)
+    assert not result["left_out"]
+    timed = {row["contender"] for row in result["rows"]} | set(result["skipped"])
+    assert len(timed) >= len({c.name for c in contenders})
 
 
-def test_all_contenders_of_the_suite_epoch_compute_the_same(epoch):
+def chosen_from(suite, *words):
+    ours = suite.contenders[0].name
+    chosen = [c for c in suite.contenders if c.name.startswith((ours, *words))]
+    return suite._replace(contenders=chosen)
+
+
+def test_all_contenders_of_the_suite_epoch_compute_the_same(epoch, harness):
     (suite,) = epoch.epoch_suites(n=40)
-    assert_contenders_agree(suite)
+    without_torch = [c for c in suite.contenders if "torch" not in c.needs]
+    assert_all_agree(harness, suite._replace(contenders=without_torch))
 
 
-def test_a_contender_that_takes_the_sum_for_the_mean_is_caught(epoch, monkeypatch):
-    right = epoch.numpy_batch
+def test_peers_of_the_suite_epoch_take_other_networks_and_mini_batches(epoch, harness):
+    problem = epoch.make_epoch_problem(None, 40, (6, 5, 4, 3), batch_size=8, learning_rate=0.5)
+    suite = epoch.epoch_suite("other", problem)
+    assert suite.work.startswith("one epoch of [6, 5, 4, 3], m = 8, n = 40")
+    assert_all_agree(harness, chosen_from(suite, "NumPy", "scikit-learn"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_pytorch_computes_the_same_epoch_eagerly_and_compiled(epoch, harness):
+    pytest.importorskip("torch")
+    (suite,) = epoch.epoch_suites(n=40)
+    assert_all_agree(harness, chosen_from(suite, "PyTorch"))
+
+
+def test_a_compiled_step_of_pytorch_is_left_out_where_there_is_no_compiler(epoch, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(NotImplementedError, match="needs a C\\+\\+ compiler: g\\+\\+ or clang"):
+        epoch.epoch_peers.torch_compiled(epoch.make_epoch_problem(None, 40))
+
+
+def test_a_contender_that_takes_the_sum_for_the_mean_is_left_out(epoch, harness, monkeypatch):
+    right = epoch.epoch_peers.batch_gradients
 
     def faulty(*arguments):
         sums = right(*arguments)
-        return [[epoch.BATCH_SIZE * g for g in each] for each in sums]
+        return [[len(arguments[2]) * g for g in each] for each in sums]
 
-    monkeypatch.setattr(epoch, "numpy_batch", faulty)
-    (suite,) = epoch.epoch_suites(n=40)
-    with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        assert_contenders_agree(suite)
+    monkeypatch.setattr(epoch.epoch_peers, "batch_gradients", faulty)
+    suite = epoch.epoch_suite("epoch", epoch.make_epoch_problem(None, 40, (6, 5, 4)))
+    result = harness.measure(chosen_from(suite, "NumPy, a mini-batch"), num_rounds=1)
+    assert list(result["left_out"]) == ["NumPy, a mini-batch at a time: quadratic cost"]
 
 
 @pytest.mark.mnist
-def test_the_suite_epoch_runs_on_mnist_and_says_so(epoch):
+def test_the_suite_epoch_runs_on_mnist_and_says_so(epoch, harness):
     (suite,) = epoch.epoch_suites(os.environ["SGD_JAX_MNIST_DIR"], n=40)
     assert "n = 40 (MNIST)" in suite.work
-    assert_contenders_agree(suite)
+    assert_all_agree(harness, suite._replace(contenders=suite.contenders[:2]))
 
 
 # The suite `per_example`

@@ -1,7 +1,8 @@
 """The suite `epoch`: one epoch of the textbook network, in the obvious ways to write it."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ import numpy as np
 import sgd_jax as sj
 from sgd_jax import data
 from sgd_jax.networks import Network
-from suites.harness import Contender, Run, Suite
+from suites import epoch_peers
+from suites.harness import Contender, Prepared, Run, Suite
 
-SIZES = (784, 30, 10)
-BATCH_SIZE = 10
-LEARNING_RATE = 3.0
+QUADRATIC, CROSS_ENTROPY = "quadratic cost", "cross-entropy cost"
+OURS = ("sgd_jax.make_epoch", QUADRATIC)
 
 
 class EpochProblem(NamedTuple):
@@ -22,71 +23,127 @@ class EpochProblem(NamedTuple):
 
     network: Network
     pixels: np.ndarray
-    """(n, 784), uint8."""
+    """(n, n_in), uint8."""
     labels: np.ndarray
     """(n,), 0 … 9."""
     batches: np.ndarray
     """(n // m, m) indices."""
+    learning_rate: float
     origin: str
 
+    @property
+    def sizes(self) -> list[int]:
+        """Neurons by layer."""
+        return [self.network[0].weights.shape[1], *(len(layer.biases) for layer in self.network)]
 
-def make_epoch_problem(data_dir: str | None, n: int) -> EpochProblem:
+
+def make_epoch_problem(
+    data_dir: str | None,
+    n: int,
+    sizes: tuple[int, ...] = (784, 30, 10),
+    batch_size: int = 10,
+    learning_rate: float = 3.0,
+) -> EpochProblem:
     """Returns a network and the first n training images of MNIST, or random pixels."""
     if data_dir is None:
         generator = np.random.default_rng(0)
-        pixels = generator.integers(0, 256, (n, SIZES[0]), np.uint8)
-        labels, origin = generator.integers(0, SIZES[-1], n), "random pixels in MNIST's shape"
+        pixels = generator.integers(0, 256, (n, sizes[0]), np.uint8)
+        labels, origin = generator.integers(0, sizes[-1], n), "random pixels in MNIST's shape"
     else:
         train = data.load("mnist", data_dir, download=False).train
         pixels, labels, origin = train.inputs[:n], train.labels[:n], "MNIST"
-    network = sj.init_network(jax.random.key(0), SIZES)
-    batches = np.asarray(sj.sampling.epoch(jax.random.key(1), len(labels), BATCH_SIZE))
-    return EpochProblem(network, pixels, labels, batches, origin)
+    network = sj.init_network(jax.random.key(0), sizes)
+    batches = np.asarray(sj.sampling.epoch(jax.random.key(1), len(labels), batch_size))
+    return EpochProblem(network, pixels, labels, batches, learning_rate, origin)
 
 
 def epoch_suites(data_dir: str | None = None, n: int = 50_000) -> list[Suite]:
-    """Returns one epoch of the textbook network, in five ways, from one start in one order.
+    """Returns one epoch of the textbook network, in many ways, from one start in one order.
 
-    Each returns the params after the epoch. The contenders in NumPy compute in float64, as NumPy
-    does unless told otherwise, those in JAX in float32. Drawing the order is not timed.
+    Each returns the params after the epoch, which are compared. Drawing the order is not timed. All
+    compute in float32, but for the NumPy of the book, which takes float64.
 
     Args:
       data_dir: folder of MNIST; None: random pixels of the same shape.
       n: number of examples.
     """
-    problem = make_epoch_problem(data_dir, n)
-    contenders = [
-        Contender("sgd_jax.make_epoch", lambda: our_epoch(problem)),
-        Contender("the same scan by optax.sgd and grad", lambda: optax_epoch(problem), ("optax",)),
-        Contender("sgd_jax.make_step in a Python loop", lambda: our_steps(problem)),
-        Contender("NumPy, a mini-batch at a time", lambda: numpy_epoch(problem, numpy_batch)),
-        Contender(
-            "NumPy, an example at a time",
-            lambda: numpy_epoch(problem, numpy_example_by_example),
-            max_rounds=3,
+    return [epoch_suite("epoch", make_epoch_problem(data_dir, n))]
+
+
+def epoch_suite(name: str, problem: EpochProblem) -> Suite:
+    """Returns one epoch of any problem in many ways.
+
+    scikit-learn has no quadratic cost behind sigmoid outputs: it takes the cross-entropy, and so
+    does a twin of ours that it is compared with, both with a thirtieth of the learning rate, at
+    which rounding errors do not grow from step to step.
+    """
+    ways: list[tuple[str, Callable[[EpochProblem], Prepared | Run], tuple[str, ...], int | None]]
+    ways = [
+        (OURS[0], our_epoch, (), None),
+        ("one scan, optax and grad of the mean", optax_epoch, ("optax",), None),
+        ("sgd_jax.make_step in a Python loop", our_steps, (), None),
+        ("jitted step of optax in a Python loop", optax_steps, ("optax",), None),
+        (
+            "the same, mini-batches taken on the device",
+            functools.partial(optax_steps, on_device=True),
+            ("optax",),
+            3,
         ),
+        ("NumPy, a mini-batch at a time", epoch_peers.numpy_by_batch, (), None),
+        ("NumPy, an example at a time", epoch_peers.numpy_by_example, (), 3),
+        ("PyTorch, eager", epoch_peers.torch_eager, ("torch",), None),
+        ("PyTorch, whole step compiled", epoch_peers.torch_compiled, ("torch",), None),
+    ]
+    contenders = [
+        Contender(name, functools.partial(make, problem), needs, rounds, QUADRATIC, OURS)
+        for name, make, needs, rounds in ways
+    ]
+    slower = problem._replace(learning_rate=problem.learning_rate / 30)
+    twin = functools.partial(our_epoch, slower, _cross_entropy)
+    theirs = functools.partial(epoch_peers.sklearn_partial_fit, slower)
+    baseline = (OURS[0], CROSS_ENTROPY)
+    contenders += [
+        Contender(OURS[0], twin, question=CROSS_ENTROPY, baseline=baseline),
+        Contender("scikit-learn", theirs, ("sklearn",), None, CROSS_ENTROPY, baseline),
     ]
     work = (
-        f"one epoch of {list(SIZES)}, quadratic cost, m = {BATCH_SIZE}, "
+        f"one epoch of {problem.sizes}, m = {problem.batches.shape[1]}, "
         f"n = {len(problem.labels):,} ({problem.origin})"
     )
-    return [Suite("epoch", work, contenders)]
+    return Suite(name, work, contenders, read, tolerance=1e-3)
 
 
-def _cost(network: Network, example: tuple[jax.Array, jax.Array]) -> jax.Array:
-    pixels, label = example
-    output = sj.feedforward(network, pixels.astype(jnp.float32) / 255)
-    return sj.quadratic_cost(output, jax.nn.one_hot(label, SIZES[-1]))
+def read(params: object) -> list[np.ndarray]:
+    """Returns weights and biases, layer by layer, each as one row to compare by its norm."""
+    return [np.asarray(leaf).reshape(1, -1) for leaf in jax.tree.leaves(params)]
+
+
+def _quadratic(network: Network, x: jax.Array, y: jax.Array) -> jax.Array:
+    return sj.quadratic_cost(sj.feedforward(network, x), y)
+
+
+def _cross_entropy(network: Network, x: jax.Array, y: jax.Array) -> jax.Array:
+    return sj.logit_cross_entropy_cost(sj.weighted_input(network, x), y)
+
+
+def _cost_of_one(problem: EpochProblem, cost: Callable = _quadratic) -> Callable:
+    def fun(network: Network, example: tuple[jax.Array, jax.Array]) -> jax.Array:
+        pixels, label = example
+        return cost(
+            network, pixels.astype(jnp.float32) / 255, jax.nn.one_hot(label, problem.sizes[-1])
+        )
+
+    return fun
 
 
 def _on_device(problem: EpochProblem) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     return jax.device_put(((problem.pixels, problem.labels), problem.batches))
 
 
-def our_epoch(problem: EpochProblem) -> Run:
+def our_epoch(problem: EpochProblem, cost: Callable = _quadratic) -> Run:
     """Returns an epoch by `make_epoch`."""
-    optimizer = sj.sgd(LEARNING_RATE)
-    epoch = sj.make_epoch(_cost, optimizer)
+    optimizer = sj.sgd(problem.learning_rate)
+    epoch = sj.make_epoch(_cost_of_one(problem, cost), optimizer)
     state = sj.init_state(problem.network, optimizer)
     examples, batches = _on_device(problem)
     return lambda: epoch(state, examples, batches)[0].params
@@ -94,8 +151,8 @@ def our_epoch(problem: EpochProblem) -> Run:
 
 def our_steps(problem: EpochProblem) -> Run:
     """Returns an epoch by `make_step`, the loop and the gathering left to Python and NumPy."""
-    optimizer = sj.sgd(LEARNING_RATE)
-    step = sj.make_step(_cost, optimizer)
+    optimizer = sj.sgd(problem.learning_rate)
+    step = sj.make_step(_cost_of_one(problem), optimizer)
     start = sj.init_state(problem.network, optimizer)
 
     def run() -> object:
@@ -107,84 +164,56 @@ def our_steps(problem: EpochProblem) -> Run:
     return run
 
 
-def optax_epoch(problem: EpochProblem) -> Run:
-    """Returns an epoch as one writes it with optax: a scan over the gradient of the mean cost."""
+def _optax_step(problem: EpochProblem) -> tuple[Any, Callable]:
+    """Returns where a step of optax starts, and the step: gradient of the mean cost, update."""
     import optax
 
-    optimizer = optax.sgd(LEARNING_RATE)
-    examples, batches = _on_device(problem)
+    optimizer = optax.sgd(problem.learning_rate)
+    cost = _cost_of_one(problem)
 
     def mean_cost(network: Network, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return jnp.mean(jax.vmap(_cost, in_axes=(None, 0))(network, batch))
+        return jnp.mean(jax.vmap(cost, in_axes=(None, 0))(network, batch))
+
+    def step(state: tuple, batch: tuple[jax.Array, jax.Array]) -> tuple:
+        params, opt_state = state
+        updates, opt_state = optimizer.update(jax.grad(mean_cost)(params, batch), opt_state)
+        return optax.apply_updates(params, updates), opt_state
+
+    return (problem.network, optimizer.init(problem.network)), step
+
+
+def optax_epoch(problem: EpochProblem) -> Run:
+    """Returns an epoch as one writes it with optax: a scan over the gradient of the mean cost."""
+    start, step = _optax_step(problem)
+    examples, batches = _on_device(problem)
 
     @jax.jit
-    def epoch(network: Network, examples: object, batches: jax.Array) -> object:
-        def body(carry: tuple, indices: jax.Array) -> tuple[tuple, None]:
-            params, opt_state = carry
-            batch = jax.tree.map(lambda leaf: leaf[indices], examples)
-            updates, opt_state = optimizer.update(jax.grad(mean_cost)(params, batch), opt_state)
-            return (optax.apply_updates(params, updates), opt_state), None
+    def epoch(state: Any, examples: Any, batches: jax.Array) -> Any:
+        def body(state: tuple, indices: jax.Array) -> tuple[tuple, None]:
+            return step(state, jax.tree.map(lambda leaf: leaf[indices], examples)), None
 
-        return jax.lax.scan(body, (network, optimizer.init(network)), batches)[0][0]
+        return jax.lax.scan(body, state, batches)[0][0]
 
-    return lambda: epoch(problem.network, examples, batches)
+    return lambda: epoch(start, examples, batches)
 
 
-NumpyParams = list[np.ndarray]
+def optax_steps(problem: EpochProblem, on_device: bool = False) -> Run:
+    """Returns an epoch as a loop over a jitted step of optax.
 
-
-def numpy_epoch(
-    problem: EpochProblem, sum_gradients: Callable[..., tuple[NumpyParams, NumpyParams]]
-) -> Run:
-    """Returns an epoch in NumPy, float64; `sum_gradients` sums those of one mini-batch."""
-    inputs, targets = problem.pixels / 255.0, np.eye(SIZES[-1])[problem.labels]
-    start = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(problem.network)]
+    Args:
+      problem: what to walk over.
+      on_device: whether the mini-batches are taken from arrays of JAX; otherwise of NumPy.
+    """
+    start, step = _optax_step(problem)
+    step = jax.jit(step)
+    pixels, labels = problem.pixels, problem.labels
+    if on_device:
+        pixels, labels = jax.device_put((pixels, labels))
 
     def run() -> object:
-        weights, biases = start[::2], start[1::2]
+        state = start
         for indices in problem.batches:
-            rate = LEARNING_RATE / len(indices)
-            sum_w, sum_b = sum_gradients(weights, biases, inputs[indices], targets[indices])
-            weights = [w - rate * g for w, g in zip(weights, sum_w, strict=True)]
-            biases = [b - rate * g for b, g in zip(biases, sum_b, strict=True)]
-        return tuple(zip(weights, biases, strict=True))
+            state = step(state, (pixels[indices], labels[indices]))
+        return state[0]
 
     return run
-
-
-def numpy_batch(
-    weights: NumpyParams, biases: NumpyParams, x: np.ndarray, y: np.ndarray
-) -> tuple[NumpyParams, NumpyParams]:
-    """Returns the summed gradient of a mini-batch; the matrices have one row an example."""
-    activations = [x]
-    for W, b in zip(weights, biases, strict=True):
-        activations.append(1 / (1 + np.exp(-(activations[-1] @ W.T + b))))
-    sum_w, sum_b = [], []
-    a = activations.pop()
-    delta = (a - y) * a * (1 - a)
-    for W in reversed(weights):
-        a = activations.pop()
-        sum_w.insert(0, delta.T @ a)
-        sum_b.insert(0, delta.sum(axis=0))
-        delta = delta @ W * a * (1 - a)
-    return sum_w, sum_b
-
-
-def numpy_example_by_example(
-    weights: NumpyParams, biases: NumpyParams, x: np.ndarray, y: np.ndarray
-) -> tuple[NumpyParams, NumpyParams]:
-    """Returns the summed gradient of a mini-batch, backpropagating one example after the other."""
-    sum_w, sum_b = [np.zeros_like(W) for W in weights], [np.zeros_like(b) for b in biases]
-    for one_x, one_y in zip(x, y, strict=True):
-        activations = [one_x]
-        for W, b in zip(weights, biases, strict=True):
-            activations.append(1 / (1 + np.exp(-(W @ activations[-1] + b))))
-        a = activations[-1]
-        delta = (a - one_y) * a * (1 - a)
-        for layer in reversed(range(len(weights))):
-            a = activations[layer]
-            sum_w[layer] = sum_w[layer] + np.outer(delta, a)
-            sum_b[layer] = sum_b[layer] + delta
-            if layer > 0:
-                delta = weights[layer].T @ delta * a * (1 - a)
-    return sum_w, sum_b
