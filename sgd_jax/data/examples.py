@@ -37,13 +37,17 @@ class Dataset(NamedTuple):
     scale: float
 
 
-def check_labels(name: str, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Returns `labels` as int32, or raises ValueError at the first outside 0 … num_classes − 1."""
+def check_labels(name: str, labels: np.ndarray, num_classes: int, first: int = 0) -> np.ndarray:
+    """Returns `labels` as int32, or raises ValueError at the first outside 0 … num_classes − 1.
+
+    ``first`` is the number of the first of them.
+    """
     bad = (labels < 0) | (labels >= num_classes)
     if bad.any():
         index = int(np.argmax(bad))
         raise ValueError(
-            f"{name}[{index}] is {labels[index]}; expected labels from 0 to {num_classes - 1}. "
-            f"Number the classes from 0, and check that this is the file of labels."
+            f"{name}[{first + index}] is {labels[index]}; expected labels from 0 to "
+            f"{num_classes - 1}. Number the classes from 0, and check that this is the file of "
+            "labels."
         )
     return labels.astype(np.int32)

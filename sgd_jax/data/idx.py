@@ -50,12 +50,18 @@ def read_idx(path: str | os.PathLike[str], *, shape: tuple[int, ...] | None = No
             raise _damaged(path, f"is a broken gzip file: {error}", "a whole one") from error
 
 
-def _read_array(
-    stream: BinaryIO,
-    path: str | os.PathLike[str],
-    expected_shape: tuple[int, ...] | None,
-    max_bytes: int,
-) -> np.ndarray:
+def read_idx_header(
+    stream: BinaryIO, path: str | os.PathLike[str]
+) -> tuple[tuple[int, ...], np.dtype]:
+    """Returns shape and dtype of the IDX array that a stream begins with, and goes past them.
+
+    Args:
+      stream: Of the file, at its first byte.
+      path: Of the file, for the message.
+
+    Raises:
+      ValueError: There is no such header, or it says that there are no values.
+    """
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0":
         raise _damaged(path, f"starts with {magic!r}", "two zero bytes, type code, number of axes")
@@ -71,12 +77,20 @@ def _read_array(
     shape = struct.unpack(f">{num_axes}I", header)
     if 0 in shape:
         raise _damaged(path, f"is empty, shape {shape}", "at least one value")
+    return shape, np.dtype(_DTYPES[code])
+
+
+def _read_array(
+    stream: BinaryIO,
+    path: str | os.PathLike[str],
+    expected_shape: tuple[int, ...] | None,
+    max_bytes: int,
+) -> np.ndarray:
+    shape, dtype = read_idx_header(stream, path)
     if expected_shape is not None and shape != expected_shape:
         raise _damaged(path, f"has shape {shape}", str(expected_shape))
-
-    dtype = np.dtype(_DTYPES[code])
     num_bytes = math.prod(shape) * dtype.itemsize
-    if num_bytes > max_bytes - 4 - len(header):
+    if num_bytes > max_bytes - 4 - 4 * len(shape):
         raise _damaged(path, "is shorter than its header says", f"{num_bytes} bytes of values")
     body = bytearray()
     while chunk := stream.read(min(_CHUNK_BYTES, num_bytes + 1 - len(body))):

@@ -1,14 +1,16 @@
 """MNIST and its twin Fashion-MNIST: four IDX files, found in a folder or fetched from a mirror."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sgd_jax.data.examples import Dataset, Examples, check_labels
 from sgd_jax.data.idx import read_idx
+from sgd_jax.data.rows import Rows, as_examples, open_rows
 
 _NUM_CLASSES = 10
 _TRAIN_IMAGES = "train-images-idx3-ubyte"
@@ -72,6 +74,26 @@ SOURCES = {
 
 def load_mnist(name: str, data_dir: Path | None, download: bool) -> Dataset:
     """Returns `mnist` or `fashion_mnist`; see `load`."""
+    return _load(name, data_dir, download, _read_images)
+
+
+def open_mnist(name: str, data_dir: Path | None, download: bool) -> Dataset:
+    """Returns `mnist` or `fashion_mnist`, its arrays as `Rows`; see `open_dataset`."""
+    dataset = _load(name, data_dir, download, _map_images)
+    mapped: Any = dataset[1:4]
+    parts = {
+        part: as_examples(images, Rows([labels]))
+        for part, (images, labels) in zip(dataset._fields[1:4], mapped, strict=True)
+    }
+    return dataset._replace(**parts)
+
+
+def _load(
+    name: str,
+    data_dir: Path | None,
+    download: bool,
+    read_images: Callable[[Path, tuple[int, ...]], Any],
+) -> Dataset:
     source = SOURCES[name]
     folder = Path(_import_pooch().os_cache("sgd_jax")) if data_dir is None else data_dir
     files = _find_files(name, source, folder, download)
@@ -82,29 +104,46 @@ def load_mnist(name: str, data_dir: Path | None, download: bool) -> Dataset:
     labels = check_labels(str(files[_TRAIN_LABELS]), labels, _NUM_CLASSES)
     test_labels = _read_bytes(files[_TEST_LABELS], (source.num_test,))
     test_labels = check_labels(str(files[_TEST_LABELS]), test_labels, _NUM_CLASSES)
-    images = _read_bytes(files[_TRAIN_IMAGES], (num_given, *source.image_shape))
-    test_images = _read_bytes(files[_TEST_IMAGES], (source.num_test, *source.image_shape))
-
-    inputs = images.reshape(num_given, -1)
+    inputs = read_images(files[_TRAIN_IMAGES], (num_given, *source.image_shape))
+    test_inputs = read_images(files[_TEST_IMAGES], (source.num_test, *source.image_shape))
     cut = source.num_train
     return Dataset(
         name,
         train=Examples(inputs[:cut], labels[:cut]),
         validation=Examples(inputs[cut:], labels[cut:]),
-        test=Examples(test_images.reshape(source.num_test, -1), test_labels),
+        test=Examples(test_inputs, test_labels),
         num_classes=_NUM_CLASSES,
         scale=255.0,
     )
 
 
-def _read_bytes(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    values = read_idx(path, shape=shape)
-    if values.dtype != np.uint8:
-        raise TypeError(
-            f"{path} holds {values.dtype}; expected uint8. It is another file: "
+def _read_images(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    return _read_bytes(path, shape).reshape(shape[0], -1)
+
+
+def _map_images(path: Path, shape: tuple[int, ...]) -> Rows:
+    rows = open_rows([path])
+    if rows.shape != shape:
+        raise ValueError(
+            f"{path} has shape {rows.shape}; expected {shape}. It is another file: "
             "delete it and fetch it again."
         )
+    _check_bytes(path, rows.dtype)
+    return Rows([part.reshape(len(part), -1) for part in rows.parts])
+
+
+def _read_bytes(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    values = read_idx(path, shape=shape)
+    _check_bytes(path, values.dtype)
     return values
+
+
+def _check_bytes(path: Path, dtype: np.dtype) -> None:
+    if dtype != np.uint8:
+        raise TypeError(
+            f"{path} holds {dtype}; expected uint8. It is another file: "
+            "delete it and fetch it again."
+        )
 
 
 def _refuse_the_other_twin(name: str, path: Path, labels: np.ndarray) -> None:

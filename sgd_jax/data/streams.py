@@ -1,0 +1,153 @@
+"""An epoch of shuffled mini-batches of examples on the disk, a chunk at a time, through grain."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sgd_jax.data.examples import Examples
+from sgd_jax.data.rows import Rows
+from sgd_jax.data.shuffling import index_shuffle
+
+
+class Chunk(NamedTuple):
+    """Some mini-batches in a row, and the examples they name: what an epoch program is called on.
+
+    Attributes:
+      examples: Of this chunk alone, in the order they have on the disk, not in that of the epoch.
+      batches: (num_orders, steps, m), int32: rows of ``examples``; −1 is no example.
+    """
+
+    examples: Examples
+    batches: Any
+
+
+class ShuffledChunks:
+    """The chunks of an epoch over all examples, in random order: a data source of grain.
+
+    Mini-batch s of the epoch consists of the examples at positions s·m … s·m + m − 1 of a random
+    order of all n, drawn by `index_shuffle` from the seed given: every example once, and the
+    last mini-batch filled up with −1. Nothing of the order is stored, so any chunk can be had at
+    once, and again. The examples of a chunk are read in the order they have on the disk, which is
+    then read from front to back, and `Chunk.batches` says which belongs where.
+
+    With several orders, one for each of several networks, a chunk holds the examples of all of
+    them. With several processes, each has its columns of every mini-batch, m/num_processes of
+    them: the mini-batches of all processes put side by side are those of one.
+
+    Args:
+      examples: Of `Rows`, as in what `open_dataset` returns.
+      batch_size: m, at least 1 and at most n.
+      seeds: One for each order: whole numbers, or sequences of them such as (seed, epoch).
+      chunk_bytes: How large the examples of a chunk may be; at least one mini-batch of each order.
+      process_index: Which columns.
+      num_processes: Of how many; divides the batch size.
+
+    Raises:
+      ValueError: A size is out of range, or a mini-batch is larger than a chunk.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        seeds: Sequence[int | Sequence[int]],
+        *,
+        chunk_bytes: int = 64 << 20,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        self._rows: tuple[Rows, ...] = tuple(examples)  # pyright: ignore[reportAttributeAccessIssue]
+        self._num_examples = len(self._rows[0])
+        self._batch_size = batch_size
+        self._seeds = tuple(seeds)
+        if not 1 <= batch_size <= self._num_examples:
+            raise ValueError(
+                f"batch_size is {batch_size}; expected 1 to {self._num_examples}, the examples"
+            )
+        if batch_size % num_processes or not 0 <= process_index < num_processes:
+            raise ValueError(
+                f"process {process_index} of {num_processes} has no equal share of mini-batches of "
+                f"{batch_size}; expected a batch size that num_processes divides"
+            )
+        width = batch_size // num_processes
+        self._columns = np.arange(process_index * width, (process_index + 1) * width)
+        bytes_per_step = width * len(self._seeds) * sum(map(_bytes_per_row, self._rows))
+        self._steps_per_chunk = chunk_bytes // bytes_per_step
+        if not self._steps_per_chunk:
+            raise ValueError(
+                f"a mini-batch of {batch_size} examples for each of {len(self._seeds)} networks "
+                f"takes {bytes_per_step:,} bytes and a chunk at most {chunk_bytes:,}; expected a "
+                "chunk to hold one. Make the chunks larger or the mini-batches smaller"
+            )
+        self.num_steps = math.ceil(self._num_examples / batch_size)
+
+    def __len__(self) -> int:
+        """Returns the number of chunks."""
+        return math.ceil(self.num_steps / self._steps_per_chunk)
+
+    def steps(self, chunk: int) -> range:
+        """Returns which mini-batches of the epoch, counted from 0, a chunk holds."""
+        first = chunk * self._steps_per_chunk
+        return range(first, min(first + self._steps_per_chunk, self.num_steps))
+
+    def indices(self, chunk: int) -> np.ndarray:
+        """Returns the examples of each mini-batch of a chunk, (num_orders, steps, m), or −1."""
+        steps = np.asarray(self.steps(chunk))
+        positions = steps[:, None] * self._batch_size + self._columns
+        present = positions < self._num_examples
+        indices = np.full((len(self._seeds), *positions.shape), -1, np.int64)
+        for order, seed in enumerate(self._seeds):
+            indices[order, present] = index_shuffle(positions[present], self._num_examples, seed)
+        return indices
+
+    def __getitem__(self, chunk: int) -> Chunk:
+        """Returns a chunk, read from the disk."""
+        indices = self.indices(chunk)
+        wanted = indices.ravel()
+        from_front = np.argsort(wanted)
+        from_front = from_front[np.searchsorted(wanted, 0, sorter=from_front) :]  # without the −1
+        batches = np.full(wanted.shape, -1, np.int32)
+        batches[from_front] = np.arange(len(from_front))
+        ascending = wanted[from_front]
+        examples = Examples(*(rows.take(ascending) for rows in self._rows))
+        return Chunk(examples, batches.reshape(indices.shape))
+
+
+def prefetched(
+    chunks: ShuffledChunks, put: Callable[[Chunk], Chunk], first: int = 0
+) -> Iterator[Chunk]:
+    """Yields the chunks from ``first`` on, each loaded while the one before is in use.
+
+    A thread of grain reads the next chunk and puts it on the device as soon as one is handed out,
+    so there are two at a time, and no more.
+
+    Args:
+      chunks: Of an epoch.
+      put: What becomes of each chunk in that thread: `jax.device_put`, or a cast and then that.
+      first: Of the chunks, counted from 0: where an epoch goes on.
+
+    Raises:
+      ImportError: grain is not installed.
+    """
+    grain = import_grain()
+    dataset = grain.MapDataset.source(chunks).map(put)[first:]
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def import_grain() -> ModuleType:
+    """Returns grain; raises ImportError, with the remedy, where it is not installed."""
+    try:
+        import grain
+    except ImportError as error:
+        raise ImportError(
+            "Streaming needs grain, which is not installed. Run: pip install 'sgd_jax[experiments]'"
+        ) from error
+    return grain
+
+
+def _bytes_per_row(rows: Rows) -> int:
+    return rows.nbytes // len(rows)
