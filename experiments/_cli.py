@@ -1,6 +1,7 @@
 """What every program here does alike: help, errors of the user, keeping compiled programs."""
 
 import contextlib
+import errno
 import os
 import sys
 import textwrap
@@ -11,16 +12,20 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
+from experiments import _signals
 from sgd_jax import runs as _runs  # noqa: F401  # says what to install where that is not done
 
 HelpGroups = Mapping[str, Sequence[flags.FlagHolder]]
 """Flags by the heading that --help shows them under."""
 
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
 
 def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str = "") -> None:
     """Parses the command line and leaves with the exit code of ``main``; never returns.
 
-    Exit code 2 and one message on stderr for what is wrong with the command line, 130 after Ctrl-C.
+    Exit code 2 and one message on stderr for what is wrong with the command line; 1 where the disk
+    is full or fails; 130 after SIGINT (Ctrl-C) and 143 after SIGTERM, see `_signals`.
 
     Args:
       main: The program; its arguments are the words of the command line that are no flags.
@@ -45,8 +50,26 @@ def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str 
             logging.set_verbosity(logging.WARNING)
         return rest
 
+    def guarded(argv: Sequence[str]) -> int:
+        try:
+            code = main(*argv[1:])
+        except KeyboardInterrupt as error:
+            print(f"error: {error or 'interrupted'}", file=sys.stderr)
+            code = _signals.exit_code(error)
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            print(f"error: {error}. What was written before is kept", file=sys.stderr)
+            code = 1
+        if code > 128:  # an epoch may be under way, which Python would wait for
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
+
+    _signals.install()
     keep_compiled_programs()
-    app.run(lambda argv: main(*argv[1:]), flags_parser=parse)
+    app.run(guarded, flags_parser=parse)
 
 
 def help_text(doc: str, groups: HelpGroups) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import optax
@@ -76,10 +76,33 @@ class Config:
 
 
 def read_config(stored: dict[str, Any]) -> Config:
-    """Returns the settings that `config.json` of a run holds; what it lacks has its default."""
-    names = [field.name for field in dataclasses.fields(Config)]
-    given = {name: stored[name] for name in names if name in stored}
+    """Returns the settings that `config.json` of a run holds; what it lacks has its default.
+
+    Raises:
+      ValueError: a setting is of another type than it was written with, or is none that is allowed.
+    """
+    kinds = get_type_hints(Config)
+    given = {name: stored[name] for name in kinds if name in stored}
+    for name, value in ({"sizes": None} | given).items():
+        if not _is_of(value, kinds[name] if name != "sizes" else tuple[int, ...]):
+            raise ValueError(
+                f"config.json of the run is damaged: {name} is {value!r:.40}; expected what it was "
+                "written with. Put the file back, or start a new run"
+            )
     return Config(**{**given, "sizes": tuple(stored["sizes"])})
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of the kind that a field is declared as."""
+    if kind in (int, float):
+        return type(value) is int or type(value) is kind
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_is_of(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)  # which one, the field checks itself
+    if get_args(kind):
+        return any(_is_of(value, option) for option in get_args(kind))
+    return type(value) is kind
 
 
 def load(config: Config) -> data.Dataset:

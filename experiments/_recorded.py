@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import sgd_jax as sj
+from experiments import _cli, _signals
 from experiments._console import TrainingDisplay
 from sgd_jax import data, runs
 
@@ -35,9 +36,9 @@ def read_stored(output: Output) -> dict[str, Any] | None:
     """Checks that the run can be written; returns `config.json` of the one to resume, or None.
 
     Raises:
-      ValueError: no name to resume, a bad name, an unknown logger.
+      ValueError: no name to resume, a bad name, an unknown logger, a damaged `config.json`.
       FileNotFoundError, FileExistsError: there is no such run, or, not resuming, there is one.
-      OSError: the folder cannot be written to.
+      OSError: the folder cannot be written to, or another process works on it.
       ImportError: the library of a logger is missing.
     """
     runs.check_loggers(output.log_to)
@@ -51,7 +52,18 @@ def read_stored(output: Output) -> dict[str, Any] | None:
         raise ValueError("resume is set; expected --run_name to say which run to go on with")
     folder = runs.RunFolder.open(out_dir, output.run_name)
     runs.check_writable(folder.path)
-    return folder.read_config()
+    folder.lock.acquire()  # so that who comes second is refused before the data are read
+    folder.lock.release()
+    stored = folder.read_config()
+    if stored.get("experiment") != "train":
+        raise ValueError(
+            f"{folder.config_path} is of experiment {stored.get('experiment')!r}; expected a run "
+            "of train: only these can be resumed"
+        )
+    for name, kind in (("data_sha256", str), ("versions", dict), ("device", dict)):
+        if not isinstance(stored.get(name), kind):
+            raise ValueError(f"{folder.config_path} is damaged: {name} is {stored.get(name)!r:.40}")
+    return stored
 
 
 def merge_settings(
@@ -79,14 +91,41 @@ def merge_settings(
 def is_complete(output: Output, epochs: int) -> bool:
     """Whether the run to resume has nothing left to do; raises ValueError if it went further."""
     folder = runs.RunFolder.open(Path(output.out_dir), output.run_name or "")
-    done = max((record["epoch"] for record in folder.read_metrics()), default=0)
+    records = folder.read_metrics()
+    _check_metrics(folder, records)
+    done = max((record["epoch"] for record in records), default=0)
     if done > epochs:
         raise ValueError(
             f"epochs is {epochs}, but {folder.path} has trained {done} already; expected at least "
             "as many. --epochs counts from the beginning of the run"
         )
     summary = folder.read_summary()
-    return summary is not None and summary["status"] == "complete" and summary["epochs"] == epochs
+    if summary is None:
+        return False
+    return (summary.get("status"), summary.get("epochs")) == ("complete", epochs)
+
+
+def _check_metrics(folder: runs.RunFolder, records: list[runs.Record]) -> None:
+    """Raises ValueError, with its number, at a line of metrics that cannot be summed up."""
+    for number, line in enumerate(records, start=1):
+        try:
+            runs.summarize([line])
+            runs.format_record(line)
+            if _layout(line) != _layout(records[0]):
+                raise ValueError("it measures other things than the first line")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{folder.metrics_path}, line {number}, is damaged ({type(error).__name__}: "
+                f"{error}); expected what the run wrote. Put it back, or start a new run"
+            ) from error
+
+
+def _layout(line: runs.Record) -> dict[str, int]:
+    """Returns the number of seeds that each name of a line has a value for."""
+    for name, value in line.items():
+        if not all(isinstance(number, int | float | None) for number in runs.per_seed(value)):
+            raise TypeError(f"{name} is {value!r:.40}")
+    return {name: len(runs.per_seed(value)) for name, value in line.items()}
 
 
 def open_folder(
@@ -96,14 +135,15 @@ def open_folder(
     stored: dict[str, Any] | None,
     source: str,
 ) -> tuple[runs.RunFolder, list[str]]:
-    """Makes the run folder, or opens it again, and writes `config.json`.
+    """Makes the run folder, or opens it again, locks it, and writes `config.json`.
 
     Returns:
-      The folder, and notes for the user: what the run works on and, where it is resumed, what may
-      keep it from being the same to the last bit.
+      The folder, locked until it is released or the process ends, and notes for the user: what the
+      run works on and, where it is resumed, what may keep it from being the same to the last bit.
 
     Raises:
       ValueError: the data are not those that the run began with.
+      BlockingIOError: another process works on the run.
     """
     experiment = Path(source).stem
     environment = runs.describe_environment(source)
@@ -117,8 +157,15 @@ def open_folder(
     if stored is None:
         prefix = f"{experiment}-{dataset.name}"
         folder = runs.RunFolder.create(Path(output.out_dir), output.run_name, prefix)
+        folder.lock.acquire()
     else:
         folder = runs.RunFolder.open(Path(output.out_dir), output.run_name or "")
+        folder.lock.acquire()
+        if folder.read_config() != stored:
+            raise BlockingIOError(
+                f"another process has gone on with {folder.path} just now; expected nobody else "
+                "to work on it. Try again"
+            )
         if stored["data_sha256"] != digest:
             raise ValueError(
                 f"dataset {dataset.name} holds other data than when {folder.path} began; expected "
@@ -158,7 +205,30 @@ def record(
     """
     began = time.perf_counter()
     config = folder.read_config()
-    status, exit_code, message = "complete", 0, ""
+    try:
+        status, exit_code, message = _train(folder, output, epochs, notes, config, run)
+        if message:
+            print(f"error: {message}", file=sys.stderr)
+        records = folder.read_metrics()
+        if records and status != "failed":
+            with _signals.shielded():
+                _conclude(folder, config, records, status, first_seed)
+            print(f"{time.perf_counter() - began:.1f} s in all")
+        print(f"run folder: {folder.path}")
+    finally:
+        folder.lock.release()
+    return exit_code
+
+
+def _train(
+    folder: runs.RunFolder,
+    output: Output,
+    epochs: int,
+    notes: list[str],
+    config: dict[str, Any],
+    run: Callable[..., Any],
+) -> tuple[str, int, str]:
+    """Runs, recording each epoch; returns status, exit code and, where it ended early, why."""
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(TrainingDisplay(epochs))
         for note in notes:
@@ -176,7 +246,8 @@ def record(
             for warning in opened.damaged:
                 display.say(f"warning: {warning}")
             latest = opened.latest
-            was_missing = folder.rewind_metrics(latest.record if latest else None)
+            with _cli.user_errors():
+                was_missing = folder.rewind_metrics(latest.record if latest else None)
             if latest:
                 for logger in loggers if was_missing else []:
                     logger.log(latest.record)
@@ -184,27 +255,24 @@ def record(
             return latest
 
         def on_epoch(state: sj.TrainState, record: runs.Record) -> None:
-            checkpoints[0].save(state, record)
-            folder.append_metrics(record)
-            for logger in loggers:
-                logger.log(record)
-            display.show(record)
+            with _signals.shielded():
+                checkpoints[0].save(state, record)
+                folder.append_metrics(record)
+                for logger in loggers:
+                    logger.log(record)
+                display.show(record)
 
+        go_on = f"go on with --resume --run_name={folder.path.name}"
         try:
             run(restore=restore, on_epoch=on_epoch)
         except DivergenceError as error:
-            status, exit_code, message = "diverged", 1, str(error)
-        except KeyboardInterrupt:
-            message = "interrupted; go on with the same command and --resume --run_name="
-            status, exit_code, message = "interrupted", 130, message + folder.path.name
-    records = folder.read_metrics()
-    if message:
-        print(f"error: {message}", file=sys.stderr)
-    if records:
-        _conclude(folder, config, records, status, first_seed)
-        print(f"{time.perf_counter() - began:.1f} s in all")
-    print(f"run folder: {folder.path}")
-    return exit_code
+            return "diverged", 1, str(error)
+        except KeyboardInterrupt as error:
+            why = f"{error or 'interrupted'}; every epoch that was finished is saved: {go_on}"
+            return "interrupted", _signals.exit_code(error), why
+        except OSError as error:
+            return "failed", 1, f"{error}. When there is room again, {go_on}"
+    return "complete", 0, ""
 
 
 def _conclude(

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 import sgd_jax as sj
-from experiments import _classifier, _cli, _flags, _noise, _recorded
+from experiments import _classifier, _cli, _flags, _noise, _recorded, _signals
 from experiments._config import Config, load, make_optimizer, read_config, resolve
 from experiments._recorded import DivergenceError, Output
 from sgd_jax import data, runs
@@ -133,7 +133,7 @@ def run(
             batch_size = _noise.grow_batch_size(config, last, n)
         run_epoch = programs.make_epoch(batch_size)
         start = time.perf_counter()
-        state, costs = jax.block_until_ready(run_epoch(state, epoch))
+        state, costs = _signals.until_ready(run_epoch(state, epoch))
         seconds = time.perf_counter() - start
         _check_costs(np.asarray(costs), epoch, config)
         report(state, epoch, seconds)

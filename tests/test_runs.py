@@ -121,8 +121,18 @@ def test_metrics_are_rewound_to_the_line_of_the_checkpoint(tmp_path):
     assert folder.read_metrics() == lines[:2]
     with pytest.raises(ValueError, match=r"before 3.*\[0, 1\]"):
         folder.rewind_metrics(lines[3])
+
+
+def test_metrics_without_a_checkpoint_are_kept_and_named(tmp_path):
+    folder = runs.RunFolder.create(tmp_path, "mine", "train")
+    folder.metrics_path.write_text('{"epoch": 0')  # torn: killed before the first was written
     assert folder.rewind_metrics(None) is False
     assert folder.metrics_path.read_text() == ""
+    folder.append_metrics(record(0, 0.5))
+    before = folder.metrics_path.read_bytes()
+    with pytest.raises(ValueError, match=r"line for epoch 0, but there is no whole checkpoint"):
+        folder.rewind_metrics(None)
+    assert folder.metrics_path.read_bytes() == before
 
 
 # Summary
@@ -206,14 +216,14 @@ def test_the_last_checkpoint_comes_back_bit_for_bit_with_its_line(tmp_path):
     assert_same_bits(latest.state, make_state(2 + 1 / 3))
 
 
-def test_the_last_and_the_best_are_kept_the_first_among_equals(tmp_path):
+def test_the_last_two_and_the_best_are_kept_the_first_among_equals(tmp_path):
     save_all(tmp_path, [0.1, 0.3, 0.3, 0.2, 0.2])
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "4"}
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "3", "4"}
     checkpoints = runs.Checkpoints(tmp_path, accuracy, like=make_state(0.0))
     checkpoints.save(make_state(5.0), record(5, 0.25))  # the best is known after reopening
     checkpoints.save(make_state(6.0), record(6, 0.4))
     checkpoints.close()
-    assert {path.name for path in tmp_path.iterdir()} == {"6"}
+    assert {path.name for path in tmp_path.iterdir()} == {"5", "6"}
 
 
 def lose_marker(checkpoint):
@@ -261,7 +271,12 @@ def test_a_half_written_checkpoint_is_never_picked_up(tmp_path, damage):
     checkpoints = runs.Checkpoints(tmp_path, accuracy, like=make_state(0.0))
     assert checkpoints.latest.epoch == 1
     assert_same_bits(checkpoints.latest.state, make_state(1 + 1 / 3))
-    assert len(checkpoints.damaged) == (damage is not keep_temporary_name)
+    if damage is keep_temporary_name:
+        assert checkpoints.damaged == []
+    else:
+        first, second = checkpoints.damaged
+        assert "checkpoint 2 is incomplete or damaged" in first
+        assert "the last whole checkpoint is that of epoch 1" in second
     checkpoints.save(make_state(2.0), record(2, 0.2))  # its place is free again
     checkpoints.close()
     assert_same_bits(reopen(tmp_path).latest.state, make_state(2.0))

@@ -1,25 +1,19 @@
 """What a run leaves behind: a folder of its own, metrics, checkpoints, a picture, a report."""
 
 try:
+    import filelock as _filelock  # noqa: F401
     import matplotlib as _matplotlib  # noqa: F401
     import orbax.checkpoint as _orbax  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"Run folders need orbax-checkpoint and matplotlib ({error}). "
+        f"Run folders need filelock, orbax-checkpoint and matplotlib ({error}). "
         "Run: pip install 'sgd_jax[experiments]'"
     ) from error
 
 from sgd_jax.runs.checkpoints import Checkpoints, Snapshot, read_checkpoint
 from sgd_jax.runs.environment import describe_environment
-from sgd_jax.runs.folder import (
-    Record,
-    RunFolder,
-    check_name,
-    check_new_name,
-    check_writable,
-    write_json,
-    write_text,
-)
+from sgd_jax.runs.files import write_json, write_text
+from sgd_jax.runs.folder import Record, RunFolder, check_name, check_new_name, check_writable
 from sgd_jax.runs.loggers import LOGGERS, Logger, check_loggers
 from sgd_jax.runs.page import (
     GENERATOR,

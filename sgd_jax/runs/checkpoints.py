@@ -1,6 +1,12 @@
-"""Checkpoints of a run, by orbax: the last epoch and the best one."""
+"""Checkpoints of a run, by orbax: the last two epochs and the best one."""
 
-from collections.abc import Callable
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +16,12 @@ import tensorstore
 from etils import epath
 
 from sgd_jax._typing import PyTree
+from sgd_jax.runs.files import read_json, write_json
 from sgd_jax.runs.folder import Record
 
 _STATE, _METRICS = "state", "metrics"  # what a checkpoint holds; the second is orbax's own name
 _COMMIT_MARKER = "commit_success.txt"  # orbax's last file, written before the folder gets its name
+_DIGESTS = "sha256.json"  # of every file of a checkpoint, written when orbax is done
 
 
 class Snapshot(NamedTuple):
@@ -26,12 +34,12 @@ class Snapshot(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in one folder: that of the last epoch, and the best by a score.
+    """The checkpoints in one folder: those of the last two epochs, and the best by a score.
 
     Each holds the state and its line of metrics, so the two never disagree. `save` returns when the
-    checkpoint is complete on the disk. One that is not (half written by a run that was killed, or
-    damaged since) is never restored: it is renamed to `damaged-<epoch>` and the one before is
-    used.
+    checkpoint is complete on the disk, with the SHA-256 of each of its files. One that is not
+    complete (half written by a run that was killed) or has a byte that is not as it was saved is
+    never restored: it is renamed to `damaged-<epoch>` and the one before is used.
 
     Args:
       path: The folder; made where it does not exist.
@@ -47,14 +55,14 @@ class Checkpoints:
         )
         self._path.mkdir(parents=True, exist_ok=True)
         self.damaged: list[str] = []
-        """What could not be read and why, one sentence each."""
+        """What could not be read and why, one sentence each; then what is used instead."""
         self._latest = self._restore_latest()
 
         def rank(record: Record) -> Any:
             return score(record), -record["epoch"]
 
         policies = ocp.checkpoint_managers
-        keep = [policies.LatestN(1), policies.BestN(get_metric_fn=rank, n=1)]
+        keep = [policies.LatestN(2), policies.BestN(get_metric_fn=rank, n=1)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
             best_fn=rank,
@@ -69,10 +77,30 @@ class Checkpoints:
         return self._latest
 
     def save(self, state: PyTree, record: Record) -> None:
-        """Saves the state after ``record["epoch"]``; removes what is neither last nor best."""
+        """Saves the state after ``record["epoch"]``; removes what is neither last nor best.
+
+        Raises:
+          OSError: the disk is full or fails; the checkpoints before are as they were.
+        """
+        epoch = record["epoch"]
         arguments = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(_named_leaves(state))})
-        if not self._manager.save(record["epoch"], args=arguments, metrics=record, force=True):
-            raise RuntimeError(f"orbax did not save epoch {record['epoch']} in {self._path}")
+        try:
+            with _silent_threads():
+                saved = self._manager.save(epoch, args=arguments, metrics=record, force=True)
+            if saved:
+                _write_digests(self._path / str(epoch))
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = _disk_error(error)
+            if reason is None:
+                raise
+            for unfinished in self._path.glob(f"{epoch}.*"):  # it takes room
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(
+                f"the checkpoint of epoch {epoch} could not be saved in {self._path}: {reason}. "
+                "Those before it are as they were"
+            ) from error
+        if not saved:
+            raise RuntimeError(f"orbax did not save epoch {epoch} in {self._path}")
 
     def close(self) -> None:
         """Waits for what is under way and lets go of the folder."""
@@ -83,10 +111,12 @@ class Checkpoints:
         for epoch in _epochs(self._path):  # the best too: the manager reads its record
             try:
                 snapshot = _restore(self._path / str(epoch), self._like)
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 self._set_aside(epoch, error)
             else:
                 latest = latest or snapshot
+        if self.damaged and latest:
+            self.damaged.append(f"the last whole checkpoint is that of epoch {latest.epoch}")
         return latest
 
     def _set_aside(self, epoch: int, error: Exception) -> None:
@@ -96,7 +126,7 @@ class Checkpoints:
             target = self._path / f"damaged-{epoch}-{number}"
         (self._path / str(epoch)).rename(target)
         self.damaged.append(
-            f"checkpoint {epoch} is incomplete or damaged ({str(error).splitlines()[0]}); "
+            f"checkpoint {epoch} is incomplete or damaged ({_first_line(error)}); "
             f"it is now {target}"
         )
 
@@ -117,17 +147,26 @@ def read_checkpoint(path: Path, like: PyTree) -> Snapshot:
     if not epochs:
         raise FileNotFoundError(f"{path} holds no checkpoint")
     checkpoint = (path / str(epochs[0])).absolute()
-    metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint / _STATE)).tree
-    saved, wanted = (
-        {f"{name} {leaf.dtype}{tuple(leaf.shape)}" for name, leaf in leaves.items()}
-        for leaves in (metadata, _named_leaves(like))
-    )
+    before = f"that of epoch {epochs[1]}" if len(epochs) > 1 else "the beginning"
+    remedy = f"Resume the run: it then goes on from {before}, if that is whole"
+    try:
+        _check_digests(checkpoint)
+        metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint / _STATE)).tree
+        saved, wanted = (
+            {f"{name} {leaf.dtype}{tuple(leaf.shape)}" for name, leaf in leaves.items()}
+            for leaves in (metadata, _named_leaves(like))
+        )
+    except Exception as error:  # of damaged files orbax makes anything
+        raise ValueError(f"{checkpoint} is damaged ({_first_line(error)}). {remedy}") from error
     if saved != wanted:
         raise ValueError(
             f"{checkpoint} is of another network: it holds {', '.join(sorted(saved - wanted))}; "
             f"expected {', '.join(sorted(wanted - saved))}"
         )
-    return _restore(checkpoint, like)
+    try:
+        return _restore(checkpoint, like)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} is damaged ({_first_line(error)}). {remedy}") from error
 
 
 def _epochs(path: Path) -> list[int]:
@@ -137,19 +176,57 @@ def _epochs(path: Path) -> list[int]:
 
 
 def _restore(checkpoint: Path, like: PyTree) -> Snapshot:
+    """Returns what a checkpoint holds; raises ValueError unless it is whole."""
+    _check_digests(checkpoint)
+    try:
+        handler = ocp.JsonCheckpointHandler(filename=_METRICS)
+        with ocp.Checkpointer(handler) as reader:
+            record = reader.restore(checkpoint / _METRICS)
+        if record["epoch"] != int(checkpoint.name):
+            raise ValueError(f"it holds epoch {record['epoch']}")
+        abstract = _named_leaves(like)
+        _read_all(checkpoint / _STATE)
+        with ocp.StandardCheckpointer() as reader:
+            leaves = reader.restore(checkpoint / _STATE, abstract)
+        state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in abstract])
+    except Exception as error:  # of damaged files orbax makes anything
+        raise ValueError(_first_line(error)) from error
+    return Snapshot(record["epoch"], state, record)
+
+
+def _write_digests(checkpoint: Path) -> None:
+    if jax.process_index() == 0:
+        write_json(checkpoint / _DIGESTS, _digests(checkpoint))
+
+
+def _check_digests(checkpoint: Path) -> None:
+    """Raises ValueError unless a checkpoint is complete and every byte as it was saved.
+
+    A run may have been killed between the checkpoint and its digests; orbax's own checksums, which
+    cover less, then have to do.
+    """
     if not (checkpoint / _COMMIT_MARKER).is_file():
         raise ValueError(f"{_COMMIT_MARKER} is missing")
-    handler = ocp.JsonCheckpointHandler(filename=_METRICS)
-    with ocp.Checkpointer(handler) as reader:
-        record = reader.restore(checkpoint / _METRICS)
-    if record["epoch"] != int(checkpoint.name):
-        raise ValueError(f"it holds epoch {record['epoch']}")
-    abstract = _named_leaves(like)
-    _read_all(checkpoint / _STATE)
-    with ocp.StandardCheckpointer() as reader:
-        leaves = reader.restore(checkpoint / _STATE, abstract)
-    state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in abstract])
-    return Snapshot(record["epoch"], state, record)
+    path = checkpoint / _DIGESTS
+    if not path.is_file():
+        return
+    wanted, found = read_json(path), _digests(checkpoint)
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if wanted.get(name) != found[name]:
+            raise ValueError(f"{name} has not the SHA-256 that {_DIGESTS} says")
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """Returns the SHA-256 of every file of a checkpoint but `_DIGESTS`, by its path within."""
+    digests = {}
+    for path in sorted(checkpoint.rglob("*")):
+        name = path.relative_to(checkpoint).as_posix()
+        if path.is_file() and name != _DIGESTS:
+            with open(path, "rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def _read_all(arrays: Path) -> None:
@@ -162,6 +239,30 @@ def _read_all(arrays: Path) -> None:
     store = tensorstore.KvStore.open(spec).result()
     for key in store.list().result():
         store.read(key).result()
+
+
+def _disk_error(error: Exception) -> str | None:
+    """Returns what the operating system said, or None where it said nothing."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    code = re.search(r"\[os_error_code='(\d+)'\]", str(error))  # as tensorstore passes it on
+    return code and os.strerror(int(code[1]))
+
+
+@contextlib.contextmanager
+def _silent_threads() -> Iterator[None]:
+    """Keeps the threads of orbax from printing the tracebacks of what they also raise."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:

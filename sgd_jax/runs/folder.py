@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sgd_jax.runs.files import parse_object, read_json, write_json, write_text
+from sgd_jax.runs.lock import RunLock
+
 Record = dict[str, Any]
 """One line of `metrics.jsonl`: what was measured after one epoch."""
 
@@ -19,6 +22,8 @@ class RunFolder:
 
     Made by `create` or `open`. JSON files are replaced atomically, so a reader or a crash finds
     the old one or the new one; a line of metrics is on the disk when `append_metrics` returns.
+    What reads them raises ValueError, with the path, where a file is damaged. Whoever writes holds
+    `lock`.
     """
 
     def __init__(self, path: Path):
@@ -29,6 +34,7 @@ class RunFolder:
         self.checkpoints_path = path / "checkpoints"
         self.figure_path = path / "figures" / "learning_curve.png"
         self.report_path = path / "report.html"
+        self.lock = RunLock(path)
 
     @classmethod
     def create(cls, out_dir: Path, name: str | None, prefix: str) -> "RunFolder":
@@ -78,7 +84,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """Returns `config.json`."""
-        return json.loads(self.config_path.read_text())
+        return read_json(self.config_path)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Replaces `config.json`."""
@@ -86,7 +92,7 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any] | None:
         """Returns `summary.json`, or None where there is none."""
-        return json.loads(self.summary_path.read_text()) if self.summary_path.is_file() else None
+        return read_json(self.summary_path) if self.summary_path.is_file() else None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replaces `summary.json`."""
@@ -103,11 +109,18 @@ class RunFolder:
         """Returns the lines of `metrics.jsonl`; a torn last line, left by a crash, is left out."""
         if not self.metrics_path.is_file():
             return []
-        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is torn
+        lines = self.metrics_path.read_bytes().split(b"\n")
+        records = []
+        for number, line in enumerate(lines[:-1], start=1):  # after the last newline it is torn
+            name = f"{self.metrics_path}, line {number},"
+            record = parse_object(line, name)
+            if type(record.get("epoch")) is not int:
+                raise ValueError(f"{name} is damaged: it names no epoch; expected a whole number")
+            records.append(record)
+        return records
 
     def rewind_metrics(self, last: Record | None) -> bool:
-        """Makes ``last`` the last line of `metrics.jsonl`; None empties it.
+        """Makes ``last`` the last line of `metrics.jsonl`; None is for a run without a checkpoint.
 
         Lines of the same and of later epochs are dropped. A checkpoint is saved before its line is
         written, so after a crash the line of the last checkpoint may be the one that is missing.
@@ -116,10 +129,17 @@ class RunFolder:
           Whether ``last`` was missing.
 
         Raises:
-          ValueError: the lines of the epochs before are not all there.
+          ValueError: the lines of the epochs before are not all there; there are lines, but no
+            checkpoint.
         """
         records = self.read_metrics()
         if last is None:
+            if records:
+                raise ValueError(
+                    f"{self.metrics_path} has a line for epoch {records[-1]['epoch']}, but there "
+                    f"is no whole checkpoint in {self.checkpoints_path}; expected one of that "
+                    "epoch. Put it back, or start a new run"
+                )
             write_text(self.metrics_path, "")
             return False
         earlier = [record for record in records if record["epoch"] < last["epoch"]]
@@ -164,24 +184,6 @@ def check_new_name(out_dir: Path, name: str) -> None:
             f"run_name is {name!r}, but {out_dir / name} exists and is never overwritten. Give "
             "another --run_name, or continue that run with --resume"
         )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a file by ``value`` as JSON, atomically; NaN and infinity are refused."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file by ``text``, atomically: through a temporary file in the same folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _line(record: Record) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sgd_jax.runs.folder import write_json, write_text
+from sgd_jax.runs.files import write_json, write_text
 
 GENERATOR = "sgd_jax"
 """What a report names as its maker, so that it is told from a file of the user's."""

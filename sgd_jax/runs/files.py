@@ -1,0 +1,44 @@
+"""Files that are whole at any moment, and clear words about those that are not."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file by ``value`` as JSON, atomically; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file by ``text``, atomically: through a temporary file in the same folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; raises ValueError, with the path, where there is none."""
+    return parse_object(path.read_bytes(), str(path))
+
+
+def parse_object(text: bytes, name: str) -> dict[str, Any]:
+    """Returns the JSON object that ``text`` is; raises ValueError, with ``name``, otherwise."""
+    try:
+        value = json.loads(text.decode("utf-8"), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is damaged: {error}; expected a JSON object") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is damaged: it holds {value!r:.40}; expected a JSON object")
+    return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
