@@ -116,7 +116,7 @@ def test_without_the_extra_help_works_and_a_program_says_what_to_install(environ
     assert shown.stdout == command.help_text() + "\n"
     refused = run(environment, "-c", f"{without}; sys.exit(main(['train']))", program="python")
     assert refused.returncode == 2
-    assert refused.stderr.startswith("error: Run folders need orbax-checkpoint and matplotlib")
+    assert refused.stderr.startswith("error: Run folders need orbax-checkpoint, matplotlib")
     assert refused.stderr.rstrip().endswith("Run: pip install 'sgd_jax[experiments]'")
 
 

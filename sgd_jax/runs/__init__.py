@@ -6,7 +6,7 @@ try:
     import orbax.checkpoint as _orbax  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"Run folders need filelock, orbax-checkpoint and matplotlib ({error}). "
+        f"Run folders need orbax-checkpoint, matplotlib and filelock ({error}). "
         "Run: pip install 'sgd_jax[experiments]'"
     ) from error
 
