@@ -10,12 +10,14 @@ from sgd_jax import _validate
 from sgd_jax._typing import Array, Examples, PyTree
 
 
-def chunks(examples: Examples, chunk_size: int) -> tuple[int, int, Callable[..., Any]]:
+def chunks(
+    examples: Examples, chunk_size: int, num_valid: Array | None = None
+) -> tuple[int, int, Callable[..., Any]]:
     """Returns the number of chunks, their one size ≤ chunk_size, and what cuts out chunk ``step``.
 
     The function takes arrays with leading axis n and a step, and returns (chunk, fresh). Nothing
     is padded: the last chunk reaches back into the one before, and ``fresh`` (size,) is False where
-    an example has been seen already.
+    an example has been seen already, or lies beyond the first ``num_valid``.
     """
     n = _validate.num_examples(examples)
     steps = -(-n // chunk_size)
@@ -26,7 +28,9 @@ def chunks(examples: Examples, chunk_size: int) -> tuple[int, int, Callable[...,
         chunk = jax.tree.map(
             lambda leaf: jax.lax.dynamic_slice_in_dim(jnp.asarray(leaf), start, size), arrays
         )
-        return chunk, start + jnp.arange(size) >= step * size
+        places = start + jnp.arange(size)
+        fresh = places >= step * size
+        return chunk, fresh if num_valid is None else fresh & (places < num_valid)
 
     return steps, size, chunk_of
 

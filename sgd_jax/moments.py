@@ -9,8 +9,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
-from sgd_jax import _validate
+from sgd_jax import _validate, sharding
 from sgd_jax._chunks import chunks, vary_like
 from sgd_jax._typing import Array, CostFn, Examples, Params, PyTree
 from sgd_jax.per_example import (
@@ -160,6 +161,7 @@ def gradient_moments(
     keep_alignments: bool = False,
     strata: Array | None = None,
     num_strata: int | None = None,
+    mesh: Mesh | None = None,
 ) -> GradientMoments:
     """Returns the moments of the gradients of all examples, streamed through the factored G.
 
@@ -188,6 +190,9 @@ def gradient_moments(
       keep_alignments: also ⟨g_i, G⟩ of every example, ``alignments``: a second pass.
       strata: the stratum of each example, integers 0 … H − 1, (n,): moments of each stratum.
       num_strata: H; needed where strata is traced, otherwise max + 1.
+      mesh: devices that share the examples, cut along its axis ``"data"``, each in its own chunks:
+        one sum over the devices at the end, and the same numbers to rounding. See
+        `sgd_jax.sharding`; params cut along another axis stay so.
 
     Returns:
       `GradientMoments` of the n examples, population convention (1/n); with strata, stacked with
@@ -209,19 +214,22 @@ def gradient_moments(
     Source: Chan, Golub and LeVeque 1979, for the merge.
     """
     _validate.positive_int("chunk_size", chunk_size)
+    mesh = None if mesh is None else sharding.check_mesh(mesh)
+    params = params if mesh is None else sharding.on_mesh(params, mesh)
     measure = functools.partial(
-        _stream, fun, params, chunk_size=chunk_size, per_coordinate=per_coordinate
+        _stream, fun, params, chunk_size=chunk_size, per_coordinate=per_coordinate, mesh=mesh
     )
+    align = functools.partial(alignments, fun, params, chunk_size=chunk_size, mesh=mesh)
     batches = _batches(examples_or_batches)
     if batches is None:
         labels, num_strata = _checked_strata(strata, num_strata, examples_or_batches)
         moments = measure(examples_or_batches, labels, keep_norms=keep_norms, num_strata=num_strata)
         if keep_alignments and strata is not None:
             raise ValueError("keep_alignments is of one mean gradient; it cannot go with strata")
-        _refuse_non_finite(moments, fun, params, examples_or_batches, chunk_size)
+        _refuse_non_finite(moments, fun, params, examples_or_batches, chunk_size, mesh)
         if not keep_alignments:
             return moments
-        values = alignments(fun, params, examples_or_batches, moments.mean, chunk_size=chunk_size)
+        values = align(examples_or_batches, moments.mean)
         return dataclasses.replace(moments, alignments=values)
     if strata is not None:
         raise ValueError("strata goes with examples in arrays; with batches, merge batch by batch")
@@ -233,7 +241,7 @@ def gradient_moments(
     moments, norms, first = None, [], 0
     for batch in batches:
         part = measure(batch, None, keep_norms=keep_norms, num_strata=None)
-        _refuse_non_finite(part, fun, params, batch, chunk_size, first)
+        _refuse_non_finite(part, fun, params, batch, chunk_size, mesh, first)
         first += _validate.num_examples(batch)
         norms.append(part.squared_norms)
         part = dataclasses.replace(part, squared_norms=None)
@@ -244,12 +252,18 @@ def gradient_moments(
         moments = dataclasses.replace(moments, squared_norms=jnp.concatenate(norms))
     if not keep_alignments:
         return moments
-    values = [alignments(fun, params, b, moments.mean, chunk_size=chunk_size) for b in batches]
+    values = [align(batch, moments.mean) for batch in batches]
     return dataclasses.replace(moments, alignments=jnp.concatenate(values))
 
 
 def alignments(
-    fun: CostFn, params: Params, examples: Examples, direction: Params, *, chunk_size: int = 1000
+    fun: CostFn,
+    params: Params,
+    examples: Examples,
+    direction: Params,
+    *,
+    chunk_size: int = 1000,
+    mesh: Mesh | None = None,
 ) -> Array:
     """Returns ⟨g_i, v⟩ for every example, shape (n,), streamed in chunks as `gradient_moments` is.
 
@@ -259,6 +273,7 @@ def alignments(
       examples: a pytree whose leaves have leading axis n ≥ 1.
       direction: v, like params; the mean gradient, for what `noise_scale` needs.
       chunk_size: examples at a time, at least 1.
+      mesh: devices that share the examples, as for `gradient_moments`.
 
     Raises:
       ValueError: no examples, leading axes that differ, a bad chunk_size or direction.
@@ -270,13 +285,14 @@ def alignments(
     [2.0, 6.0]
     """
     _validate.positive_int("chunk_size", chunk_size)
-    return _align(fun, params, examples, direction, chunk_size=chunk_size)
+    mesh = None if mesh is None else sharding.check_mesh(mesh)
+    return _align(fun, params, examples, direction, chunk_size=chunk_size, mesh=mesh)
 
 
 @functools.partial(
     jax.jit,
     static_argnums=0,
-    static_argnames=("chunk_size", "per_coordinate", "keep_norms", "num_strata"),
+    static_argnames=("chunk_size", "per_coordinate", "keep_norms", "num_strata", "mesh"),
 )
 def _stream(
     fun: CostFn,
@@ -288,11 +304,50 @@ def _stream(
     per_coordinate: bool,
     keep_norms: bool,
     num_strata: int | None,
+    mesh: Mesh | None = None,
 ) -> GradientMoments:
-    """The moments of examples in arrays: one scan over chunks."""
+    """The moments of examples in arrays, one scan over chunks; with a mesh, one on each device."""
+    walk = functools.partial(
+        _walk,
+        fun,
+        chunk_size=chunk_size,
+        per_coordinate=per_coordinate,
+        keep_norms=keep_norms,
+        num_strata=num_strata,
+    )
+    if mesh is None:
+        moments, norms = walk(params, (examples, strata))
+        return dataclasses.replace(moments, squared_norms=norms)
+
+    def local(
+        params: Params, data: tuple[Examples, Array | None], num_valid: Array
+    ) -> tuple[GradientMoments, Array | None]:
+        moments, norms = walk(params, data, num_valid)
+        return merge_across(moments, sharding.DATA_AXIS), norms
+
+    specs = (PartitionSpec(), PartitionSpec(sharding.DATA_AXIS))
+    moments, norms = sharding.on_each_shard(local, mesh, params, (examples, strata), specs)
+    if norms is not None:
+        norms = sharding.replicate(norms[: _validate.num_examples(examples)], mesh)
+    return dataclasses.replace(moments, squared_norms=norms)
+
+
+def _walk(
+    fun: CostFn,
+    params: Params,
+    data: tuple[Examples, Array | None],
+    num_valid: Array | None = None,
+    *,
+    chunk_size: int,
+    per_coordinate: bool,
+    keep_norms: bool,
+    num_strata: int | None,
+) -> tuple[GradientMoments, Array | None]:
+    """The moments of the first ``num_valid`` examples, or of all; ‖g_i‖² of all."""
+    examples, strata = data
     value_and_grad = per_example_value_and_grad(fun)
-    steps, size, chunk_of = chunks(examples, chunk_size)
-    padded = steps * size > _validate.num_examples(examples)
+    steps, size, chunk_of = chunks(examples, chunk_size, num_valid)
+    padded = num_valid is not None or steps * size > _validate.num_examples(examples)
 
     def measure(step: Array) -> tuple[GradientMoments, Array | None]:
         (chunk, labels), fresh = chunk_of((examples, strata), step)
@@ -320,18 +375,31 @@ def _stream(
     nothing = vary_like((params, examples), nothing)
     moments, norms = jax.lax.scan(add, nothing, jnp.arange(steps))
     if norms is None:
-        return moments
+        return moments, None
     again = norms.size - _validate.num_examples(examples)  # at the head of the last chunk
-    norms = jnp.concatenate([norms[:-1].reshape(-1), norms[-1, again:]])
-    return dataclasses.replace(moments, squared_norms=norms)
+    return moments, jnp.concatenate([norms[:-1].reshape(-1), norms[-1, again:]])
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="chunk_size")
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("chunk_size", "mesh"))
 def _align(
-    fun: CostFn, params: Params, examples: Examples, direction: Params, *, chunk_size: int
+    fun: CostFn,
+    params: Params,
+    examples: Examples,
+    direction: Params,
+    *,
+    chunk_size: int,
+    mesh: Mesh | None,
 ) -> Array:
-    size = min(chunk_size, _validate.num_examples(examples))
-    return per_example_grad(fun, chunk_size=size)(params, examples).inner_products(direction)
+    def products(shared: tuple[Params, Params], examples: Examples, _: Any = None) -> Array:
+        params, direction = shared
+        size = min(chunk_size, _validate.num_examples(examples))
+        return per_example_grad(fun, chunk_size=size)(params, examples).inner_products(direction)
+
+    if mesh is None:
+        return products((params, direction), examples)
+    cut = PartitionSpec(sharding.DATA_AXIS)
+    values = sharding.on_each_shard(products, mesh, (params, direction), examples, cut)
+    return sharding.replicate(values[: _validate.num_examples(examples)], mesh)
 
 
 def _of_chunk(
@@ -447,6 +515,7 @@ def _refuse_non_finite(
     params: Params,
     examples: Examples,
     chunk_size: int,
+    mesh: Mesh | None,
     first: int = 0,
 ) -> None:
     """Raises where gradients are not finite, naming examples; counts batches from ``first``."""
@@ -463,6 +532,7 @@ def _refuse_non_finite(
         per_coordinate=False,
         keep_norms=True,
         num_strata=None,
+        mesh=mesh,
     ).squared_norms
     bad = np.flatnonzero(~np.isfinite(np.asarray(norms))) + first
     if not bad.size:

@@ -8,9 +8,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
+from jax.sharding import Mesh
 
-from sgd_jax import _validate
-from sgd_jax._chunks import chunks
+from sgd_jax import _validate, sharding
+from sgd_jax._chunks import chunks, vary_like
 from sgd_jax._typing import Array, CostFn, Examples, Params, PyTree
 from sgd_jax.moments import GradientMoments, gradient_moments
 from sgd_jax.per_example import per_example_grad
@@ -185,6 +186,7 @@ def curvature_noise_scale(
     key: Array | None = None,
     num_probes: int | None = None,
     chunk_size: int = 1000,
+    mesh: Mesh | None = None,
 ) -> CurvatureNoiseScale:
     """Returns the noise scale B_noise = tr(HΣ)/(GᵀHG), H the Hessian of the mean cost.
 
@@ -202,6 +204,7 @@ def curvature_noise_scale(
       key: a JAX random key, for the probes.
       num_probes: K ≥ 2; None is exact.
       chunk_size: examples at a time.
+      mesh: devices that share the examples, as for `gradient_moments`.
 
     Raises:
       ValueError: key without num_probes or the other way round, num_probes < 2, no examples.
@@ -221,9 +224,13 @@ def curvature_noise_scale(
         raise ValueError("give key and num_probes together, or neither for the exact value")
     if num_probes is not None and _validate.positive_int("num_probes", num_probes) < 2:
         raise ValueError("num_probes must be at least 2: the standard error comes from a spread")
-    mean = gradient_moments(fun, params, examples, chunk_size=chunk_size).mean
-    probes = _probe(fun, params, examples, key, num_probes=num_probes, chunk_size=chunk_size)
-    curvature = _second_derivative(fun, params, examples, mean, chunk_size=chunk_size)
+    mesh = None if mesh is None else sharding.check_mesh(mesh)
+    if mesh is not None:
+        params, examples = (sharding.on_mesh(tree, mesh) for tree in (params, examples))
+    mean = gradient_moments(fun, params, examples, chunk_size=chunk_size, mesh=mesh).mean
+    probes, curvature = _probe(
+        fun, params, examples, mean, key, num_probes=num_probes, chunk_size=chunk_size, mesh=mesh
+    )
     if num_probes is None:
         noise, error = jnp.sum(probes), jnp.zeros_like(curvature)
     else:
@@ -289,38 +296,68 @@ def _fieller(
     return low, high, ~determined
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("num_probes", "chunk_size"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("num_probes", "chunk_size", "mesh"))
 def _probe(
     fun: CostFn,
     params: Params,
     examples: Examples,
+    mean: Params,
     key: Array | None,
     *,
     num_probes: int | None,
     chunk_size: int,
-) -> Array:
-    """vᵀHv of every probe, (K,)."""
+    mesh: Mesh | None,
+) -> tuple[Array, Array]:
+    """vᵀHv of every probe, (K,), and of the mean gradient."""
     n = _validate.num_examples(examples)
-    grads = per_example_grad(fun, chunk_size=min(chunk_size, n))(params, examples)
 
-    def one(k: Array) -> Array:
+    def signs(k: Array) -> Array:
         if key is None:
-            z = jax.nn.one_hot(k, n)
-        else:
-            z = jax.random.rademacher(jax.random.fold_in(key, k), (n,), float)
-        z = (z - jnp.mean(z)) / math.sqrt(n)
-        direction = grads.sum(z)
-        return _second_derivative(fun, params, examples, direction, chunk_size=chunk_size)
+            return jax.nn.one_hot(k, n)
+        return jax.random.rademacher(jax.random.fold_in(key, k), (n,), float)
 
-    return jax.lax.map(one, jnp.arange(num_probes or n), batch_size=min(num_probes or n, 8))
+    def walk(
+        shared: tuple[Params, Params], examples: Examples, num_valid: Array | None = None
+    ) -> tuple[Array, Array]:
+        params, mean = shared
+        size = _validate.num_examples(examples)
+        grads = per_example_grad(fun, chunk_size=min(chunk_size, size))(params, examples)
+        bend = functools.partial(
+            _second_derivative, fun, params, examples, num_valid, chunk_size=chunk_size
+        )
+
+        def total(value: PyTree) -> PyTree:
+            return value if num_valid is None else jax.lax.psum(value, sharding.DATA_AXIS)
+
+        def one(k: Array) -> Array:
+            z = signs(k)
+            z = (z - jnp.mean(z)) / math.sqrt(n)
+            if num_valid is not None:
+                start = jax.lax.axis_index(sharding.DATA_AXIS) * size
+                places = start + jnp.arange(size)
+                z = jnp.where(places < n, z[jnp.minimum(places, n - 1)], 0)
+            return total(bend(total(grads.sum(z)))) / n
+
+        count = num_probes or n
+        probes = jax.lax.map(one, jnp.arange(count), batch_size=min(count, 8))
+        return probes, total(bend(mean)) / n
+
+    if mesh is None:
+        return walk((params, mean), examples)
+    return sharding.on_each_shard(walk, mesh, (params, mean), examples)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="chunk_size")
 def _second_derivative(
-    fun: CostFn, params: Params, examples: Examples, direction: Params, *, chunk_size: int
+    fun: CostFn,
+    params: Params,
+    examples: Examples,
+    num_valid: Array | None,
+    direction: Params,
+    *,
+    chunk_size: int,
 ) -> Array:
-    """vᵀHv = d²/dt² of the mean cost at params + t v, at t = 0."""
-    steps, _, chunk_of = chunks(examples, chunk_size)
+    """vᵀHv = d²/dt² of the summed cost of the valid examples at params + t v, at t = 0."""
+    steps, _, chunk_of = chunks(examples, chunk_size, num_valid)
 
     def add(total: Array, step: Array) -> tuple[Array, None]:
         chunk, fresh = chunk_of(examples, step)
@@ -336,5 +373,5 @@ def _second_derivative(
 
     example = jax.tree.map(lambda leaf: leaf[0], examples)
     zero = jnp.zeros([], jax.eval_shape(fun, params, example).dtype)
-    total = jax.lax.scan(add, zero, jnp.arange(steps))[0]
-    return total / _validate.num_examples(examples)
+    zero = vary_like((params, examples), zero)
+    return jax.lax.scan(add, zero, jnp.arange(steps))[0]

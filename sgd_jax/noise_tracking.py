@@ -105,7 +105,9 @@ def track_noise_scale(decay: float | Array | None = None) -> optax.GradientTrans
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def noise_of_examples(grads: PerExampleGrads) -> NoiseParts:
+def noise_of_examples(
+    grads: PerExampleGrads, axis_name: str | tuple[str, ...] | None = None
+) -> NoiseParts:
     """Returns unbiased estimates of tr Σ and ‖G‖² from the gradients of one mini-batch.
 
     With ĝ the mean of the m gradients, s² = (Σ‖g_i‖² − m‖ĝ‖²)/(m − 1) and ‖ĝ‖² − s²/m. Unbiased
@@ -115,6 +117,8 @@ def noise_of_examples(grads: PerExampleGrads) -> NoiseParts:
 
     Args:
       grads: of m ≥ 2 examples, from `per_example_grad`.
+      axis_name: inside `jax.shard_map`, the mesh axes along which devices hold further examples of
+        the mini-batch, each as many: the estimates are those of all together, on every device.
 
     Raises:
       ValueError: m = 1.
@@ -125,12 +129,15 @@ def noise_of_examples(grads: PerExampleGrads) -> NoiseParts:
     >>> [float(part) for part in noise_of_examples(grads)]  # 2, 4 − 2/2
     [2.0, 3.0]
     """
-    m = grads.num_examples
+    m, mean, squared_norms = grads.num_examples, grads.mean(), jnp.sum(grads.squared_norms())
+    if axis_name is not None:
+        m *= jax.lax.axis_size(axis_name)
+        mean = jax.lax.pmean(mean, axis_name)
+        squared_norms = jax.lax.psum(squared_norms, axis_name)
     if m < 2:
         raise ValueError("one example says nothing about noise: give at least 2")
-    mean = grads.mean()
     squared_norm = tree_dot(mean, mean)
-    trace = (jnp.sum(grads.squared_norms()) - m * squared_norm) / (m - 1)
+    trace = (squared_norms - m * squared_norm) / (m - 1)
     return NoiseParts(trace, squared_norm - trace / m)
 
 

@@ -7,6 +7,10 @@ the exact E‖ĝ − ∇C‖² of each. An order of an epoch is a matrix of indi
 Sizes are static, so each function runs under `jax.jit` and `jax.vmap` with a traced key. Arrays
 given as concrete values are checked; a traced array cannot be, and one that would make ĝ biased
 gives weights of NaN instead.
+
+With ``mesh=`` the same mini-batch is laid out over devices, cut along the mesh axis ``"data"``: the
+draw does not depend on the mesh, and where m is no multiple of the devices, entries of −1 and
+weight 0 fill it up at the end. See `sgd_jax.sharding`.
 """
 
 import math
@@ -17,8 +21,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sgd_jax import _validate
+from sgd_jax import _validate, sharding
 from sgd_jax._typing import Array
 
 _UNITS = 1 << 30
@@ -37,7 +42,9 @@ class Sample(NamedTuple):
     """Shape (m,); they contain the 1/m or what stands for it."""
 
 
-def epoch(key: Array, n: int, m: int, *, keep_last: bool = False) -> Array:
+def epoch(
+    key: Array, n: int, m: int, *, keep_last: bool = False, mesh: Mesh | None = None
+) -> Array:
     """Returns the mini-batches of one epoch by random reshuffling.
 
     A uniformly random permutation of the n examples is cut into consecutive mini-batches of m,
@@ -51,6 +58,7 @@ def epoch(key: Array, n: int, m: int, *, keep_last: bool = False) -> Array:
       n: number of examples.
       m: mini-batch size, 1 ≤ m ≤ n; m = n is full-batch gradient descent.
       keep_last: keep the short last mini-batch.
+      mesh: devices to lay the mini-batch out over, see above.
 
     Returns:
       int32 indices, shape (n // m, m), or (⌈n / m⌉, m) with ``keep_last=True``.
@@ -70,10 +78,12 @@ def epoch(key: Array, n: int, m: int, *, keep_last: bool = False) -> Array:
     """
     n, m = _sizes(n, m)
     order = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
-    return fixed_order(order, m, keep_last=keep_last)
+    return fixed_order(order, m, keep_last=keep_last, mesh=mesh)
 
 
-def fixed_order(order: Array, m: int, *, keep_last: bool = False) -> Array:
+def fixed_order(
+    order: Array, m: int, *, keep_last: bool = False, mesh: Mesh | None = None
+) -> Array:
     """Returns the mini-batches of an epoch that takes the examples in the order given.
 
     The order is cut into rows of m, as `epoch` cuts a random one. One fixed order for a whole run,
@@ -85,6 +95,7 @@ def fixed_order(order: Array, m: int, *, keep_last: bool = False) -> Array:
       order: indices of the examples, shape (n,).
       m: mini-batch size, 1 ≤ m ≤ n.
       keep_last: keep the short last mini-batch, filled up with −1.
+      mesh: devices to lay the mini-batch out over, see above.
 
     Returns:
       int32 indices, shape (n // m, m), or (⌈n / m⌉, m) with ``keep_last=True``.
@@ -99,11 +110,15 @@ def fixed_order(order: Array, m: int, *, keep_last: bool = False) -> Array:
     order = _vector_of_indices("order", order)
     n, m = _sizes(order.shape[0], m)
     if keep_last:
-        return jnp.pad(order, (0, -n % m), constant_values=-1).reshape(-1, m)
-    return order[: n - n % m].reshape(-1, m)
+        batches = jnp.pad(order, (0, -n % m), constant_values=-1).reshape(-1, m)
+    else:
+        batches = order[: n - n % m].reshape(-1, m)
+    return lay_out(batches, mesh)
 
 
-def cyclic(n: int, m: int, num_steps: int, start: int | Array = 0) -> Array:
+def cyclic(
+    n: int, m: int, num_steps: int, start: int | Array = 0, *, mesh: Mesh | None = None
+) -> Array:
     """Returns mini-batches that walk round and round through examples 0 … n − 1.
 
     Row s holds (start + s·m + k) mod n for k < m: nothing is shuffled, and nothing left over is
@@ -115,6 +130,7 @@ def cyclic(n: int, m: int, num_steps: int, start: int | Array = 0) -> Array:
       m: mini-batch size, 1 ≤ m ≤ n.
       num_steps: number of rows.
       start: where the first row begins; to go on after ``num_steps``, start + num_steps·m.
+      mesh: devices to lay the mini-batch out over, see above.
 
     Returns:
       int32 indices, shape (num_steps, m).
@@ -129,14 +145,16 @@ def cyclic(n: int, m: int, num_steps: int, start: int | Array = 0) -> Array:
     n, m = _sizes(n, m)
     steps = np.arange(_validate.positive_int("num_steps", num_steps), dtype=np.int64)
     offsets = (steps[:, None] * m + np.arange(m)) % n
-    return (jnp.asarray(offsets, jnp.int32) + jnp.asarray(start % n, jnp.int32)) % n
+    batches = (jnp.asarray(offsets, jnp.int32) + jnp.asarray(start % n, jnp.int32)) % n
+    return lay_out(batches, mesh)
 
 
-def plain_mean(indices: Array) -> Sample:
+def plain_mean(indices: Array, *, mesh: Mesh | None = None) -> Sample:
     """Returns the sample that averages the examples named: weights 1/(number of them).
 
     Args:
       indices: shape (m,), such as one row of an order; an entry of −1 is no example.
+      mesh: devices to lay the mini-batch out over, see above.
 
     Returns:
       A `Sample`, weights as `make_epoch` gives them: 0 where the index is −1.
@@ -150,10 +168,10 @@ def plain_mean(indices: Array) -> Sample:
     """
     indices = _vector_of_indices("indices", indices)
     present = indices >= 0
-    return Sample(indices, jnp.where(present, 1 / jnp.sum(present), 0.0))
+    return _lay_out(indices, jnp.where(present, 1 / jnp.sum(present), 0.0), mesh)
 
 
-def without_replacement(key: Array, n: int, m: int) -> Sample:
+def without_replacement(key: Array, n: int, m: int, *, mesh: Mesh | None = None) -> Sample:
     """Returns m different examples, every subset of m equally likely, with weights 1/m.
 
     E‖ĝ − ∇C‖² = (n − m)/(n − 1) · tr Σ/m, Σ with 1/n: zero at m = n. The order within the sample
@@ -163,6 +181,7 @@ def without_replacement(key: Array, n: int, m: int) -> Sample:
       key: a JAX random key.
       n: number of examples.
       m: sample size, 1 ≤ m ≤ n.
+      mesh: devices to lay the mini-batch out over, see above.
 
     Raises:
       ValueError: m < 1 or m > n.
@@ -181,16 +200,17 @@ def without_replacement(key: Array, n: int, m: int) -> Sample:
         indices = _floyd(key, jnp.array([n]), np.array([m]))[0]
     else:
         indices = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))[:m]
-    return Sample(indices, jnp.full((m,), 1 / m))
+    return _lay_out(indices, jnp.full((m,), 1 / m), mesh)
 
 
-def with_replacement(key: Array, n: int, m: int) -> Sample:
+def with_replacement(key: Array, n: int, m: int, *, mesh: Mesh | None = None) -> Sample:
     """Returns m independent uniform draws, with weights 1/m: E‖ĝ − ∇C‖² = tr Σ/m.
 
     Args:
       key: a JAX random key.
       n: number of examples.
       m: number of draws, at least 1; it may exceed n.
+      mesh: devices to lay the mini-batch out over, see above.
 
     Raises:
       ValueError: n < 1 or m < 1.
@@ -200,10 +220,13 @@ def with_replacement(key: Array, n: int, m: int) -> Sample:
     [0, 0, 0]
     """
     n, m = _validate.positive_int("n", n), _validate.positive_int("m", m)
-    return Sample(jax.random.randint(key, (m,), 0, n, jnp.int32), jnp.full((m,), 1 / m))
+    indices = jax.random.randint(key, (m,), 0, n, jnp.int32)
+    return _lay_out(indices, jnp.full((m,), 1 / m), mesh)
 
 
-def poisson(key: Array, n: int, m: int, *, max_size: int | None = None) -> Sample:
+def poisson(
+    key: Array, n: int, m: int, *, max_size: int | None = None, mesh: Mesh | None = None
+) -> Sample:
     """Returns a Poisson sample: each example in or out independently, in with probability m/n.
 
     The number of examples K is random with mean m, and the denominator is m all the same:
@@ -219,6 +242,7 @@ def poisson(key: Array, n: int, m: int, *, max_size: int | None = None) -> Sampl
       n: number of examples.
       m: mean sample size, 1 ≤ m ≤ n.
       max_size: length of the sample, from 1 to n; n never overflows.
+      mesh: devices to lay the mini-batch out over, see above.
 
     Raises:
       ValueError: m or max_size below 1 or above n.
@@ -244,7 +268,8 @@ def poisson(key: Array, n: int, m: int, *, max_size: int | None = None) -> Sampl
     (places,) = jnp.nonzero(drawn[order], size=size, fill_value=-1)
     present = places >= 0
     weight = jnp.maximum(count, size) / size / m
-    return Sample(jnp.where(present, order[places], -1), jnp.where(present, weight, 0.0))
+    indices = jnp.where(present, order[places], -1)
+    return _lay_out(indices, jnp.where(present, weight, 0.0), mesh)
 
 
 def poisson_max_size(n: int, m: int, overflow: float = 1e-9) -> int:
@@ -266,7 +291,9 @@ def poisson_max_size(n: int, m: int, overflow: float = 1e-9) -> int:
     return min(n, m + math.ceil(log / 3 + math.sqrt(log**2 / 9 + 2 * log * m)))
 
 
-def stratified(key: Array, strata: Array, sizes: Sequence[int]) -> Sample:
+def stratified(
+    key: Array, strata: Array, sizes: Sequence[int], *, mesh: Mesh | None = None
+) -> Sample:
     """Returns m_h examples of each stratum h, drawn without replacement within it.
 
     Weights are W_h/m_h with W_h = n_h/n the stratum's share of all examples, so ĝ is unbiased
@@ -278,6 +305,7 @@ def stratified(key: Array, strata: Array, sizes: Sequence[int]) -> Sample:
       strata: the stratum of each example, integers 0 … H − 1, shape (n,): labels, for instance.
         Given as a concrete array it is checked and grouped once; a traced one is sorted each time.
       sizes: m_h, H whole numbers, 1 ≤ m_h ≤ n_h.
+      mesh: devices to lay the mini-batch out over, see above.
 
     Returns:
       A `Sample` of Σ_h m_h examples, stratum after stratum.
@@ -319,10 +347,10 @@ def stratified(key: Array, strata: Array, sizes: Sequence[int]) -> Sample:
     rows, columns = np.nonzero(np.arange(most)[None, :] < np.array(sizes)[:, None])
     indices = members[(places + starts)[rows, columns]].astype(jnp.int32)
     weights = (counts / (n * jnp.array(sizes)))[rows]
-    return Sample(indices, jnp.where(valid, weights, jnp.nan))
+    return _lay_out(indices, jnp.where(valid, weights, jnp.nan), mesh)
 
 
-def importance(key: Array, probabilities: Array, m: int) -> Sample:
+def importance(key: Array, probabilities: Array, m: int, *, mesh: Mesh | None = None) -> Sample:
     """Returns m independent draws, example i with probability p_i, with weights 1/(m n p_i).
 
     E‖ĝ − ∇C‖² = (1/m)(1/n² Σ_i ‖g_i‖²/p_i − ‖∇C‖²), least at p_i ∝ ‖g_i‖ (`optimal_probabilities`).
@@ -334,6 +362,7 @@ def importance(key: Array, probabilities: Array, m: int) -> Sample:
       key: a JAX random key.
       probabilities: p, shape (n,), p_i ≥ 0, Σ p_i = 1 to within 10⁻⁵.
       m: number of draws, at least 1; it may exceed n.
+      mesh: devices to lay the mini-batch out over, see above.
 
     Raises:
       ValueError: p is no vector, is empty, has a negative or non-finite entry, or does not sum to
@@ -367,10 +396,10 @@ def importance(key: Array, probabilities: Array, m: int) -> Sample:
     drawn = jax.random.randint(key, (m,), 0, jnp.maximum(upper[-1], 1), jnp.int32)
     indices = jnp.searchsorted(upper, drawn, side="right").astype(jnp.int32)
     weights = upper[-1].astype(float) / units[indices] / (m * n)
-    return Sample(indices, jnp.where(valid, weights, jnp.nan))
+    return _lay_out(indices, jnp.where(valid, weights, jnp.nan), mesh)
 
 
-def antithetic(key: Array, order: Array, m: int) -> Sample:
+def antithetic(key: Array, order: Array, m: int, *, mesh: Mesh | None = None) -> Sample:
     """Returns m/2 mirrored pairs, drawn without replacement among the n/2 pairs; weights 1/m.
 
     Example order[r] is paired with order[n − 1 − r]. Where the order sorts the examples by
@@ -383,6 +412,7 @@ def antithetic(key: Array, order: Array, m: int) -> Sample:
       key: a JAX random key.
       order: a permutation of the examples, shape (n,), n even.
       m: sample size, even, 2 ≤ m ≤ n.
+      mesh: devices to lay the mini-batch out over, see above.
 
     Returns:
       A `Sample`; entry k is paired with entry k + m/2.
@@ -404,7 +434,33 @@ def antithetic(key: Array, order: Array, m: int) -> Sample:
         )
     pairs = without_replacement(key, n // 2, m // 2).indices
     indices = jnp.concatenate([order[pairs], order[n - 1 - pairs]])
-    return Sample(indices, jnp.full((m,), 1 / m))
+    return _lay_out(indices, jnp.full((m,), 1 / m), mesh)
+
+
+def lay_out(batches: Array, mesh: Mesh | None, *, fill: int = -1) -> Array:
+    """Returns mini-batches of indices laid out over a mesh, filled up with −1: no example.
+
+    Args:
+      batches: indices, the last axis the mini-batch.
+      mesh: devices, D of them along ``"data"``; None leaves the indices as they are.
+      fill: what to fill up with; 0 for weights.
+
+    Returns:
+      The same entries, the last axis filled up to a multiple of D and cut along ``"data"``.
+    """
+    if mesh is None:
+        return batches
+    mesh, leading = sharding.check_mesh(mesh), batches.ndim - 1
+    missing = -batches.shape[-1] % sharding.num_shards(mesh)
+    if missing:
+        widths = [(0, 0)] * leading + [(0, missing)]
+        batches = jnp.pad(batches, widths, constant_values=fill)
+    spec = PartitionSpec(*[None] * leading, sharding.DATA_AXIS)
+    return sharding.place(batches, NamedSharding(mesh, spec))
+
+
+def _lay_out(indices: Array, weights: Array, mesh: Mesh | None) -> Sample:
+    return Sample(lay_out(indices, mesh), lay_out(weights, mesh, fill=0))
 
 
 def check_probabilities(probabilities: np.ndarray) -> None:

@@ -1,0 +1,113 @@
+"""What `test_sharding` compares: everything that takes ``mesh=``, on 1, 2 and 8 devices.
+
+A program of its own, for the number of devices of a process is set before JAX starts:
+
+  XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/eight_devices.py OUT.npz
+
+It stores what each call returns, by the names in `results`.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sgd_jax as sj
+from sgd_jax import sampling, sharding
+
+N, M, STEPS = 43, 10, 3  # 2 and 8 divide neither n nor, 8, m
+SIZES = (12, 16, 4)
+
+
+def fun(params, example):
+    return sj.quadratic_cost(sj.feedforward(params, example[0]), example[1])
+
+
+def problem():
+    """Returns params and N examples, the same in every process."""
+    params = sj.init_network(jax.random.key(0), SIZES, dtype=jnp.float64)
+    inputs, targets = (
+        jax.random.normal(jax.random.key(k), (N, size)) for k, size in ((1, 12), (2, 4))
+    )
+    return params, (np.asarray(inputs), np.asarray(targets))
+
+
+def moments(mesh, params=None):
+    start, examples = problem()
+    params = start if params is None else params
+    return sj.gradient_moments(
+        fun, params, examples, chunk_size=3, per_coordinate=True, keep_norms=True,
+        keep_alignments=True, mesh=mesh,
+    )  # fmt: skip
+
+
+def moments_of_strata(mesh):
+    params, examples = problem()
+    return sj.gradient_moments(fun, params, examples, strata=np.arange(N) % 3, mesh=mesh)
+
+
+def curvature(mesh):
+    params, examples = problem()
+    key = jax.random.key(4)
+    return sj.curvature_noise_scale(fun, params, examples, key=key, num_probes=3, mesh=mesh)
+
+
+def samples(mesh):
+    """Returns a draw of every sampler, as one program."""
+    strata, order = np.arange(N) % 3, np.arange(N - 1)
+    p = np.arange(1, N + 1) / (N * (N + 1) / 2)
+
+    @jax.jit
+    def draw(key):
+        return {
+            "without_replacement": sampling.without_replacement(key, N, M, mesh=mesh),
+            "with_replacement": sampling.with_replacement(key, N, M, mesh=mesh),
+            "poisson": sampling.poisson(key, N, M, max_size=15, mesh=mesh),
+            "stratified": sampling.stratified(key, strata, (3, 3, 5), mesh=mesh),
+            "importance": sampling.importance(key, p, M, mesh=mesh),
+            "antithetic": sampling.antithetic(key, order, M, mesh=mesh),
+            "plain_mean": sampling.plain_mean(jnp.array([3, 1, -1]), mesh=mesh),
+            "epoch": sampling.epoch(key, N, M, keep_last=True, mesh=mesh),
+            "fixed_order": sampling.fixed_order(order, M, mesh=mesh),
+            "cyclic": sampling.cyclic(N, M, 2, start=7, mesh=mesh),
+        }
+
+    drawn = draw(jax.random.key(5))
+    num = 1 if mesh is None else sharding.num_shards(mesh)
+    for leaf in jax.tree.leaves(drawn):
+        assert leaf.sharding.shard_shape(leaf.shape)[-1] * num == leaf.shape[-1]  # all are cut
+    return drawn
+
+
+RESULTS = {
+    "moments": (moments, (1, 2, 8)),
+    "moments_of_strata": (moments_of_strata, (8,)),
+    "curvature": (curvature, (8,)),
+    "samples": (samples, (1, 2, 8)),
+}
+"""By name, a function from a mesh, or None, to what is compared, and the numbers of devices."""
+
+
+def flat(name, tree):
+    """Returns the leaves of a tree by name, as NumPy arrays."""
+    return {
+        name + jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def main(path):
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    assert jax.device_count() == 8
+    found = {}
+    for name, (function, nums) in RESULTS.items():
+        for num in nums:
+            mesh = sharding.data_mesh(jax.devices()[:num])
+            found |= flat(f"{num}/{name}", function(mesh))
+    np.savez(path, **found)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
