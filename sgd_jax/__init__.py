@@ -4,7 +4,7 @@ The gradients of n examples are the rows of a matrix G (n × p); everything in s
 descent is a product with G.
 """
 
-from sgd_jax import sampling
+from sgd_jax import sampling, sharding
 from sgd_jax._version import __version__
 from sgd_jax.allocation import (
     neyman_allocation,
@@ -111,6 +111,7 @@ __all__ = [
     "refresh",
     "sampling",
     "sgd",
+    "sharding",
     "subset_errors",
     "track_noise_scale",
     "two_batch_noise_parts",
