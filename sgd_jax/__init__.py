@@ -25,6 +25,11 @@ from sgd_jax.estimates import (
     norm_test_batch_size,
     orthogonality_test,
 )
+from sgd_jax.mean_gradient import (
+    MeanStrategyChoice,
+    choose_mean_strategy,
+    mean_value_and_grad,
+)
 from sgd_jax.moments import GradientMoments, alignments, gradient_moments, merge_across
 from sgd_jax.networks import Layer, feedforward, init_network, weighted_input
 from sgd_jax.noise_scale import (
@@ -61,6 +66,7 @@ __all__ = [
     "CurvatureNoiseScale",
     "GradientMoments",
     "Layer",
+    "MeanStrategyChoice",
     "NoiseParts",
     "NoiseScale",
     "NoiseTrackingState",
@@ -74,6 +80,7 @@ __all__ = [
     "adascale_gain",
     "alignments",
     "cabs_batch_size",
+    "choose_mean_strategy",
     "control_variate",
     "cross_entropy_cost",
     "curvature_noise_scale",
@@ -94,6 +101,7 @@ __all__ = [
     "make_epoch",
     "make_step",
     "mean_cost",
+    "mean_value_and_grad",
     "merge_across",
     "neyman_allocation",
     "noise_of_examples",

@@ -23,5 +23,8 @@ Examples: TypeAlias = Any
 Strategy: TypeAlias = Literal["auto", "factored", "materialized"]
 """How per-example gradients are kept."""
 
+MeanStrategy: TypeAlias = Literal["auto", "factored", "materialized", "mean_cost"]
+"""How the mean of per-example gradients is computed."""
+
 CostFn: TypeAlias = Callable[[Params, Example], Array]
 """The cost of ONE example: ``(params, example) -> scalar``."""

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from sgd_jax import _validate
-from sgd_jax._typing import Array, CostFn, Examples, Params, Strategy
-from sgd_jax.per_example import per_example_value_and_grad
+from sgd_jax._typing import Array, CostFn, Examples, MeanStrategy, Params
+from sgd_jax.mean_gradient import mean_value_and_grad
 
 
 class TrainState(NamedTuple):
@@ -49,38 +49,12 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(params, optimizer.init(params), jnp.zeros([], jnp.int32))
 
 
-def mean_value_and_grad(
-    fun: CostFn, *, strategy: Strategy = "auto"
-) -> Callable[[Params, Examples, Array], tuple[Array, Params]]:
-    """Returns the weighted mean of the costs of examples, and its gradient.
-
-    C = Σ_j c_j C_j and ∇C = Σ_j c_j ∇C_j = Gᵀc. With c_j = 1/m these are the mean cost and the
-    mini-batch gradient: the mean of the per-example gradients, taken explicitly.
-
-    Args:
-      fun: the cost of ONE example.
-      strategy: how the per-example gradients are kept, see `per_example_value_and_grad`:
-        ``"materialized"`` is ``vmap(grad)``; all strategies agree to rounding.
-
-    Returns:
-      A function ``(params, examples, weights) -> (cost, gradient)``; weights are c, shape (m,), and
-      an example of weight zero contributes exactly zero unless its own gradient is non-finite.
-    """
-    value_and_grad = per_example_value_and_grad(fun, strategy=strategy)
-
-    def weighted(params: Params, examples: Examples, weights: Array) -> tuple[Array, Params]:
-        costs, grads = value_and_grad(params, examples)
-        return jnp.dot(weights.astype(costs.dtype), costs), grads.sum(weights)
-
-    return weighted
-
-
 def make_step(
     fun: CostFn,
     optimizer: optax.GradientTransformation,
     *,
     donate: bool = False,
-    strategy: Strategy = "auto",
+    strategy: MeanStrategy = "auto",
 ) -> Callable[[TrainState, Examples], tuple[TrainState, StepInfo]]:
     """Returns one step of training on a mini-batch, compiled.
 
@@ -93,7 +67,7 @@ def make_step(
       donate: give the buffers of the incoming state to the outgoing one. Saves one copy of params
         and optimizer state; the state handed in must then not be used again, nor hold one array at
         two places (copy it: XLA refuses to take a buffer twice).
-      strategy: how per-example gradients are kept, see `per_example_value_and_grad`.
+      strategy: how the mini-batch gradient is computed, see `mean_value_and_grad`.
 
     Returns:
       A jitted function ``(state, examples) -> (state, info)``. It compiles once per shape and
@@ -121,7 +95,7 @@ def make_epoch(
     optimizer: optax.GradientTransformation,
     *,
     donate: bool = False,
-    strategy: Strategy = "auto",
+    strategy: MeanStrategy = "auto",
 ) -> Callable[[TrainState, Examples, Array], tuple[TrainState, StepInfo]]:
     """Returns an epoch of training: one compiled program that walks explicit mini-batches.
 
@@ -136,7 +110,7 @@ def make_epoch(
       optimizer: `sgd` or any optax optimizer.
       donate: give the buffers of the incoming state to the outgoing one; the state handed in must
         then not be used again, nor hold one array at two places.
-      strategy: how per-example gradients are kept, see `per_example_value_and_grad`.
+      strategy: how the mini-batch gradient is computed, see `mean_value_and_grad`.
 
     Returns:
       A jitted function ``(state, examples, batches) -> (state, info)``: examples has leading axis n
@@ -182,24 +156,38 @@ def make_epoch(
 
         steps, m = batches.shape
         length = _block_length(steps, m * _bytes_per_example(examples))
-        state, info = jax.lax.scan(block, state, batches.reshape(steps // length, length, m))
-        return state, jax.tree.map(lambda x: x.reshape(steps, *x.shape[2:]), info)
+        whole = steps - steps % length
+        blocks = batches[:whole].reshape(-1, length, m)
+        state, info = jax.lax.scan(block, state, blocks)
+        info = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), info)
+        if whole < steps:
+            state, rest = block(state, batches[whole:])
+            info = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), info, rest)
+        return state, info
 
     return jax.jit(epoch, donate_argnums=(0,) if donate else ())
 
 
-_BLOCK_BYTES = 1 << 21
-"""How much is gathered at a time: a few hundred small mini-batches, in cache; big ones singly."""
+_BLOCK_BYTES = 1 << 19
+"""How much is gathered at a time: half a second cache."""
+
+_SINGLE_BYTES = 3 << 15
+"""A mini-batch of so many bytes is gathered by itself: XLA then divides the work among threads."""
 
 
 def _block_length(steps: int, bytes_per_step: int) -> int:
-    """The most steps whose mini-batches are gathered together: a divisor of the epoch's steps.
+    """How many steps' mini-batches are gathered together.
 
-    Gathering rows is slow one small mini-batch at a time: 0.155 s against 0.075 s for an epoch of
-    [784, 30, 10] with m = 10 on two CPU cores.
+    Gathering rows is slow one small mini-batch at a time, and large ones are better not kept
+    waiting (`docs/performance.md`). What divides the steps is preferred: a rest at the end is
+    compiled by itself.
     """
-    limit = max(1, _BLOCK_BYTES // max(1, bytes_per_step))
-    return max((d for d in range(1, min(limit, steps) + 1) if steps % d == 0), default=1)
+    if bytes_per_step >= _SINGLE_BYTES:
+        return 1
+    best = min(steps, max(1, _BLOCK_BYTES // max(1, bytes_per_step)))
+    near = range(max(1, best // 2), min(2 * best, steps) + 1)
+    dividing = [length for length in near if steps % length == 0]
+    return min(dividing, key=lambda length: abs(length - best), default=best)
 
 
 def _bytes_per_example(examples: Examples) -> int:
@@ -208,7 +196,7 @@ def _bytes_per_example(examples: Examples) -> int:
 
 
 def _make_update(
-    fun: CostFn, optimizer: optax.GradientTransformation, strategy: Strategy
+    fun: CostFn, optimizer: optax.GradientTransformation, strategy: MeanStrategy
 ) -> Callable[[TrainState, Examples, Array], tuple[TrainState, StepInfo]]:
     """Returns one step on weighted examples, not compiled: what a step and an epoch share."""
     gradient = mean_value_and_grad(fun, strategy=strategy)

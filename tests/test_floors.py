@@ -23,6 +23,7 @@ FLOORS = {  # of a module, or of a sub-package and all that is in it
     "sgd_jax.quadratic": 1,
     "sgd_jax.allocation": 1,
     "sgd_jax.per_example": 2,
+    "sgd_jax.mean_gradient": 3,
     "sgd_jax.sgd": 3,
     "sgd_jax.moments": 3,
     "sgd_jax.estimates": 4,

@@ -307,6 +307,29 @@ def test_indices_of_any_integer_dtype_go(dtype):
     assert_epoch_equals_oracle(sj.make_epoch, batches=np.array([[1, 2], [5, 6]], dtype))
 
 
+@pytest.mark.parametrize(("together", "rest"), [(1, 0), (4, 3), (11, 0)])
+def test_an_epoch_is_the_same_however_many_mini_batches_are_gathered_together(
+    monkeypatch, together, rest
+):
+    batches = np.arange(11)[:, None] % NUM_EXAMPLES
+    bytes_per_step = 8 * (SIZES[0] + SIZES[-1])
+    monkeypatch.setattr(training, "_BLOCK_BYTES", together * bytes_per_step)
+    assert training._block_length(len(batches), bytes_per_step) == together
+    assert len(batches) % together == rest
+    assert_epoch_equals_oracle(sj.make_epoch, batches=batches)
+
+
+def test_what_is_gathered_together_fits_and_wastes_little():
+    for steps, size in itertools.product((1, 2, 97, 100, 781, 5000), (1, 7840, 50_176, 100_352)):
+        length = training._block_length(steps, size)
+        assert 1 <= length <= steps
+        assert length * size <= max(size, 2 * training._BLOCK_BYTES)
+        if size >= training._SINGLE_BYTES:
+            assert length == 1
+        elif steps % length:  # a rest is compiled by itself, where nothing near divides the steps
+            assert length == min(steps, training._BLOCK_BYTES // size)
+
+
 def weights_replaced(replace):
     """Returns a plant for `mean_value_and_grad` that sees other weights than it was given."""
     right = training.mean_value_and_grad

@@ -109,20 +109,19 @@ class Outer:
     def weighted_sum(self, weights: Array | None) -> Array:
         """Σ_i c_i g_i; weights None is all ones."""
         left, right = self.left, self.right
-        if weights is not None:
-            scale = weights.astype(right.dtype)[:, None, None, None]
+        group, rows, _ = self.layout.sizes()
+        scale = None if weights is None else weights.astype(right.dtype)[:, None, None, None]
+        if group == 1 and not self.is_indexed:
+            return self.layout.to_leaf(_sum_of_outer(left, right, scale)[None])
+        if scale is not None:
             if self.is_indexed or left.shape[-1] > right.shape[-1]:
                 right = right * scale
             else:
                 left = left * scale
-        group, rows, _ = self.layout.sizes()
         if self.is_indexed:
             return self.layout.to_leaf(
                 _scatter(jnp.moveaxis(left, 1, 0), jnp.moveaxis(right, 1, 0), rows)
             )
-        if group == 1:
-            left, right = (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (left, right))
-            return self.layout.to_leaf((left.T @ right)[None])
         return self.layout.to_leaf(jnp.einsum("nhta,nhtb->hab", left, right))
 
     def inner_products(self, direction: Array) -> Array:
@@ -191,6 +190,29 @@ class Outer:
 
 
 Factor: TypeAlias = Dense | Shared | Outer
+
+_SMALL = 1 << 16
+"""A left operand of up to so many entries is written down transposed before it is multiplied."""
+
+
+def _sum_of_outer(left: Array, right: Array, scale: Array | None) -> Array:
+    """Σ c left ⊗ right over all axes but the last, (a, b); ``scale`` is c, None for ones.
+
+    XLA's library for small products on a CPU takes no transposed left operand and leaves leftᵀ
+    right to a slower one. The barrier keeps the transpose out of the product, where it becomes
+    part of the scaling: an epoch of [784, 30, 10] with m = 10 takes 0.9 of the time, with m = 128
+    0.75. Large products are better off as they are.
+    """
+    if scale is not None:
+        if left.shape[-1] > right.shape[-1]:
+            right = right * scale
+        else:
+            left = left * scale
+    rows, columns = (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (left, right))
+    transposed = rows.T
+    if rows.size <= _SMALL:
+        transposed = jax.lax.optimization_barrier(transposed)
+    return transposed @ columns
 
 
 def prefers_gram(factor: Outer) -> bool:
