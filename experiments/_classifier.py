@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -56,8 +57,12 @@ def make_programs(
     dtype: jax.typing.DTypeLike,
     parts: Sequence[str] = PARTS,
     draw_epoch: DrawEpoch = draw_reshuffled,
+    first_batch_size: int | None = None,
 ) -> Programs:
     """Compiles the programs and puts the data on the device, pixels as the bytes they came as.
+
+    They are compiled side by side, in threads, while the caller goes on: each is waited for when it
+    is first called. With ``first_batch_size`` the epoch of that size is among them.
 
     The order of epoch e is drawn from (seed, e) alone, so training can go on from the state after
     any epoch. A run of seed s does the same among other seeds as alone, up to rounding.
@@ -79,17 +84,17 @@ def make_programs(
         name: train_data if name == "train" else to_device(getattr(dataset, name), dtype)
         for name in parts
     }
-    keys, init_all = make_init(optimizer, sizes=sizes, init=init, seeds=seeds, dtype=dtype)
+    numbers, init_all = make_init(optimizer, sizes=sizes, init=init, seeds=seeds, dtype=dtype)
 
     def train(
-        batch_size: int, state: sj.TrainState, keys: Array, number: Array, examples: Examples
+        batch_size: int, state: sj.TrainState, numbers: Array, number: Array, examples: Examples
     ) -> tuple[sj.TrainState, Array]:
-        def train_one(state: sj.TrainState, keys: Array) -> tuple[sj.TrainState, Array]:
-            batches = draw_epoch(keys[1], number, n, batch_size)
+        def train_one(state: sj.TrainState, seed: Array) -> tuple[sj.TrainState, Array]:
+            batches = draw_epoch(_split_seed(seed)[1], number, n, batch_size)
             state, info = epoch(state, examples, batches)
             return state, info.cost
 
-        return jax.vmap(train_one)(state, keys)
+        return jax.vmap(train_one)(state, numbers)
 
     @functools.partial(jax.vmap, in_axes=(0, None))
     def measure(params: Params, data: dict[str, Examples]) -> dict[str, _Totals]:
@@ -109,27 +114,38 @@ def make_programs(
         norm = jax.vmap(tree_norm)(totals["train"].gradient)
         return totals | {"train": totals["train"]._replace(gradient=norm)}
 
-    init_fn = jax.jit(init_all).lower(keys).compile()
-    state = jax.eval_shape(init_all, keys)
+    pool = ThreadPoolExecutor()
+    # What runs once need not be fast: half as long in the compiler, and the same bits.
+    options: dict[str, str | bool] = {}
+    if jax.default_backend() == "cpu":
+        options["xla_backend_optimization_level"] = "1"
+    init_fn = pool.submit(jax.jit(init_all).lower(numbers).compile, options)
+    state = jax.eval_shape(init_all, numbers)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     train_fn = jax.jit(train, static_argnums=0, donate_argnums=1)
 
     @functools.cache
+    def compile_epoch(batch_size: int) -> Future[jax.stages.Compiled]:
+        return pool.submit(train_fn.lower(batch_size, state, numbers, number, train_data).compile)
+
+    if first_batch_size is not None:
+        compile_epoch(first_batch_size)
+    measure_fn = pool.submit(jax.jit(norms).lower(state.params, data).compile)
+
     def make_epoch(
         batch_size: int,
     ) -> Callable[[sj.TrainState, int], tuple[sj.TrainState, Array]]:
-        compiled = train_fn.lower(batch_size, state, keys, number, train_data).compile()
-        return lambda state, number: compiled(state, keys, np.int32(number), train_data)
+        compiled = compile_epoch(batch_size).result()
+        return lambda state, number: compiled(state, numbers, np.int32(number), train_data)
 
-    measure_fn = jax.jit(norms).lower(state.params, data).compile()
     sizes_of_classes = {
         name: np.bincount(getattr(dataset, name).labels, minlength=dataset.num_classes)
         for name in data
     }
     return Programs(
-        init=lambda: init_fn(keys),
+        init=lambda: init_fn.result()(numbers),
         make_epoch=make_epoch,
-        evaluate=lambda params: _to_columns(measure_fn(params, data), sizes_of_classes),
+        evaluate=lambda params: _to_columns(measure_fn.result()(params, data), sizes_of_classes),
     )
 
 
@@ -140,20 +156,20 @@ def make_init(
     init: InitScheme,
     seeds: range,
     dtype: jax.typing.DTypeLike,
-) -> tuple[Array, Callable[[Array], sj.TrainState]]:
-    """Returns the keys of all seeds, two of each, and the function from them to the first states.
-
-    The first key of a seed is for the network, the second for the order of its examples.
-    """
-    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(
-        jnp.arange(seeds.start, seeds.stop, dtype=jnp.uint32)
-    )
+) -> tuple[np.ndarray, Callable[[Any], sj.TrainState]]:
+    """Returns the seeds as an array, and the function from it to their first states."""
 
     @jax.vmap
-    def init_all(keys: Array) -> sj.TrainState:
-        return sj.init_state(sj.init_network(keys[0], sizes, init, dtype), optimizer)
+    def init_all(seed: Array) -> sj.TrainState:
+        network = sj.init_network(_split_seed(seed)[0], sizes, init, dtype)
+        return sj.init_state(network, optimizer)
 
-    return keys, init_all
+    return np.arange(seeds.start, seeds.stop, dtype=np.uint32), init_all
+
+
+def _split_seed(seed: Array) -> Array:
+    """Returns two keys: for the network, and for the order of its examples."""
+    return jax.random.split(jax.random.key(seed))
 
 
 def example_functions(

@@ -114,10 +114,11 @@ def fail(message: str) -> NoReturn:
 def keep_compiled_programs() -> None:
     """Lets JAX keep what it compiles in a cache folder of the user, so the next start is quicker.
 
-    JAX_COMPILATION_CACHE_DIR names another folder; empty, it turns the cache off.
+    JAX_COMPILATION_CACHE_DIR names another folder; empty, it turns the cache off. All programs are
+    kept, also those compiled quickly: a start has many of them.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(cache / "sgd_jax" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "sgd_jax" / "compiled"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

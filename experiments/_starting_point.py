@@ -78,14 +78,14 @@ def read_run(
             f"dataset {dataset.name} holds other data than when {folder.path} was trained; "
             "expected the same examples in the same order"
         )
-    keys, init_all = _classifier.make_init(
+    numbers, init_all = _classifier.make_init(
         make_optimizer(config, num_examples=len(dataset.train.labels)),
         sizes=config.sizes or (),
         init=config.init,
         seeds=seeds,
         dtype=np.dtype(config.dtype),
     )
-    snapshot = runs.read_checkpoint(folder.checkpoints_path, jax.eval_shape(init_all, keys))
+    snapshot = runs.read_checkpoint(folder.checkpoints_path, jax.eval_shape(init_all, numbers))
     params = jax.tree.map(lambda leaf: leaf[seed - seeds.start], snapshot.state.params)
     return (
         dataclasses.replace(config, epochs=snapshot.epoch, seed=seed, num_seeds=1),

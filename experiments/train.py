@@ -94,6 +94,7 @@ def run(
         dtype=np.dtype(config.dtype),
         parts=parts,
         draw_epoch=draw_epoch,
+        first_batch_size=(config.batch_size or n) if config.epochs else None,
     )
     records = []
 

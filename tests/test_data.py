@@ -11,6 +11,7 @@ import sys
 import threading
 import tracemalloc
 import zipfile
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -74,7 +75,19 @@ def test_digits_are_uint8_from_0_to_the_scale_and_labels_int32():
         assert (part.inputs.min(), part.inputs.max()) == (0, dataset.scale)
 
 
+def test_the_digits_are_the_same_where_scikit_learn_keeps_its_file_elsewhere(monkeypatch):
+    usual = load("digits")
+    monkeypatch.setattr("sgd_jax.data.digits._FILE", "sklearn/elsewhere.csv.gz")
+    for part, other in zip(parts(usual), parts(load("digits")), strict=True):
+        np.testing.assert_array_equal(part.inputs, other.inputs)
+        np.testing.assert_array_equal(part.labels, other.labels)
+
+
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", absent)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"pip install 'sgd_jax\[experiments\]'"):
         load("digits")

@@ -39,10 +39,10 @@ def measurement(num_examples, seeds=SEEDS):
 
 def networks(seeds=SEEDS):
     optimizer = sj.sgd(1.0)
-    keys, init_all = _classifier.make_init(
+    numbers, init_all = _classifier.make_init(
         optimizer, sizes=(64, 5, 10), init="normal", seeds=seeds, dtype=np.float64
     )
-    return init_all(keys).params
+    return init_all(numbers).params
 
 
 def gradients(dataset, params):

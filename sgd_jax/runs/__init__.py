@@ -1,9 +1,13 @@
 """What a run leaves behind: a folder of its own, metrics, checkpoints, a picture, a report."""
 
+from importlib.util import find_spec as _find_spec
+
 try:
     import filelock as _filelock  # noqa: F401
-    import matplotlib as _matplotlib  # noqa: F401
     import orbax.checkpoint as _orbax  # noqa: F401
+
+    if _find_spec("matplotlib") is None:  # imported when there is something to draw, as it is slow
+        raise ImportError("No module named 'matplotlib'")
 except ImportError as error:
     raise ImportError(
         f"Run folders need orbax-checkpoint, matplotlib and filelock ({error}). "

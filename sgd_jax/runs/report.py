@@ -3,16 +3,16 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from sgd_jax.runs.folder import Record
 from sgd_jax.runs.page import html_figure, html_pairs, html_table, write_page
 from sgd_jax.runs.summary import per_seed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLORS = {"train": "#4477aa", "validation": "#ccaa22", "test": "#cc3355"}
 _COLUMNS = (
@@ -31,6 +31,9 @@ def draw_learning_curve(path: Path, records: Sequence[Record], title: str) -> No
 
     With several seeds a line is the median, its band reaches from the least to the largest value.
     """
+    from matplotlib.figure import Figure  # here, as training need not wait for it
+    from matplotlib.ticker import MaxNLocator
+
     has_noise = "noise_scale" in records[0]
     figure = Figure(figsize=(15 if has_noise else 12, 3.8), layout="constrained")
     axes = figure.subplots(1, 4 if has_noise else 3)
@@ -93,8 +96,10 @@ def _draw_noise(axis: Any, records: Sequence[Record]) -> None:
     axis.legend(loc="best", fontsize=8)
 
 
-def save_figure(path: Path, figure: Figure) -> None:
+def save_figure(path: Path, figure: "Figure") -> None:
     """Writes a figure as PNG, replaced atomically; makes the folder."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
