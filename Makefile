@@ -17,7 +17,7 @@ install = $(PYTHON) -m pip --python $(venv_python) install --quiet --disable-pip
 help:
 	@echo 'make train   trains the textbook network on the digits'
 	@echo 'make test    runs the tests and doctests'
-	@echo 'make check   runs the format, lint and type checks and the tests'
+	@echo 'make check   runs the format, lint and type checks, builds the site and runs the tests'
 	@echo 'make clean   removes $(VENV)'
 	@echo 'each takes ARGS="...", PYTHON=... and VENV=...'
 
