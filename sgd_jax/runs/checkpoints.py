@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -251,12 +252,22 @@ def _disk_error(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _silent_threads() -> Iterator[None]:
-    """Keeps the threads of orbax from printing the tracebacks of what they also raise."""
-    logger = logging.getLogger("absl")
+    """Keeps the threads of orbax from printing tracebacks of what it also raises.
+
+    After a failure some of them go on for a while, and find its event loop closed.
+    """
+    logger, tell = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
+
+    def tell_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
+
     logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = tell_others
     try:
         yield
+        sys.unraisablehook = tell
     finally:
         logger.setLevel(level)
 
