@@ -108,7 +108,10 @@ def test_the_reference_holds_every_public_name_once():
         for page in (DOCS / "api").glob("*.md")
         for reference in re.findall(r"^::: sgd_jax\.([\w.]+)", page.read_text(), re.MULTILINE)
     ]
-    assert sorted(found) == sorted({*sj.__all__, "data", "runs"} - {"__version__"})
+    public = {*sj.__all__, "data", "runs"} - {"__version__"}
+    assert len(found) == len(set(found))
+    assert public - set(found) == set(), "give each a line in a page of docs/api/"
+    assert set(found) - public == set()
 
 
 def test_every_page_is_in_the_navigation():
@@ -118,7 +121,10 @@ def test_every_page_is_in_the_navigation():
 
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
-    assert sorted(leaves(site["nav"])) == sorted(pages)
+    named = list(leaves(site["nav"]))
+    assert len(named) == len(set(named))
+    assert pages - set(named) == set(), "name each in the navigation of mkdocs.yml"
+    assert set(named) - pages == set()
 
 
 def test_the_site_shows_examples_of_docstrings_in_fences():
