@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from experiments import _signals
+from experiments import _platform, _signals
 from sgd_jax import runs as _runs  # noqa: F401  # says what to install where that is not done
 
 HelpGroups = Mapping[str, Sequence[flags.FlagHolder]]
@@ -51,6 +51,8 @@ def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str 
         return rest
 
     def guarded(argv: Sequence[str]) -> int:
+        with user_errors():
+            _platform.choose(_platform.PLATFORM.value)
         try:
             code = main(*argv[1:])
         except KeyboardInterrupt as error:
@@ -75,7 +77,7 @@ def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str 
 def help_text(doc: str, groups: HelpGroups) -> str:
     """Returns the text of --help: what the program does, then its flags under their headings."""
     lines = [doc.strip()]
-    for heading, holders in groups.items():
+    for heading, holders in {**groups, "Machine": (_platform.PLATFORM,)}.items():
         lines += ["", f"{heading}:"]
         for holder in holders:
             flag = flags.FLAGS[holder.name]

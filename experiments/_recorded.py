@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import sgd_jax as sj
-from experiments import _cli, _signals
+from experiments import _cli, _platform, _signals
 from experiments._console import TrainingDisplay
 from sgd_jax import data, runs
 
@@ -153,7 +153,10 @@ def open_folder(
     notes = [
         f"{dataset.name}: {num_train:,} examples to train on, {num_validation:,} to validate, "
         f"{num_test:,} to test; on {device['count']} × {device['kind']}"
+        + "".join(f"; unused: {name}" for name in device.get("unused", ()))
     ]
+    if warning := _platform.warning_of_fallback(device):
+        print(warning, file=sys.stderr)
     if stored is None:
         prefix = f"{experiment}-{dataset.name}"
         folder = runs.RunFolder.create(Path(output.out_dir), output.run_name, prefix)

@@ -15,7 +15,7 @@ except ImportError as error:
     ) from error
 
 from sgd_jax.runs.checkpoints import Checkpoints, Snapshot, read_checkpoint
-from sgd_jax.runs.environment import describe_environment
+from sgd_jax.runs.environment import describe_environment, find_accelerators
 from sgd_jax.runs.files import write_json, write_text
 from sgd_jax.runs.folder import Record, RunFolder, check_name, check_new_name, check_writable
 from sgd_jax.runs.loggers import LOGGERS, Logger, check_loggers
@@ -54,6 +54,7 @@ __all__ = [
     "column_labels",
     "describe_environment",
     "draw_learning_curve",
+    "find_accelerators",
     "format_record",
     "html_figure",
     "html_pairs",
