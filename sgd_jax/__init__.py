@@ -58,6 +58,7 @@ from sgd_jax.quadratic import epoch_fixed_point, expected_squared_distance
 from sgd_jax.sampling import Sample
 from sgd_jax.sgd import SGDState, sgd
 from sgd_jax.subsets import SubsetErrors, subset_errors
+from sgd_jax.sweeps import Sweep, make_sweep
 from sgd_jax.training import StepInfo, TrainState, init_state, make_epoch, make_step
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "Sample",
     "StepInfo",
     "SubsetErrors",
+    "Sweep",
     "TrainState",
     "__version__",
     "adascale_gain",
@@ -100,6 +102,7 @@ __all__ = [
     "logit_cross_entropy_cost",
     "make_epoch",
     "make_step",
+    "make_sweep",
     "mean_cost",
     "mean_value_and_grad",
     "merge_across",

@@ -80,7 +80,18 @@ def samples(mesh):
     return drawn
 
 
+def sweep(mesh):
+    """Returns two orders of three learning rates: 2 devices divide the orders, 8 fill up runs."""
+    params, examples = problem()
+    rates = jnp.broadcast_to(jnp.array([0.1, 1.0, 3.0]), (2, 3))
+    params = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, 3, *x.shape)), params)
+    batches = jnp.stack([sampling.epoch(jax.random.key(k), N, M) for k in range(2)])
+    program = sj.make_sweep(fun, sj.sgd, mesh=mesh)
+    return program.epoch(program.init(params, rates), rates, examples, batches)
+
+
 RESULTS = {
+    "sweep": (sweep, (2, 8)),
     "moments": (moments, (1, 2, 8)),
     "moments_of_strata": (moments_of_strata, (8,)),
     "curvature": (curvature, (8,)),

@@ -31,6 +31,7 @@ FLOORS = {  # of a module, or of a sub-package and all that is in it
     "sgd_jax.subsets": 4,
     "sgd_jax.control_variate": 4,
     "sgd_jax.training": 4,
+    "sgd_jax.sweeps": 5,
     "sgd_jax.noise_tracking": 5,
     "sgd_jax.data": 5,
     "sgd_jax.runs": 5,
