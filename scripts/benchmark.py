@@ -20,6 +20,9 @@ minutes on two cores; --tables=mlp,conv takes some of its tables.
 `moments`: moments of 50,000 gradients of the textbook network; ratios to the full gradient alone.
 About a minute on two cores.
 
+`startup`: from the start of Python to the first step; ratios to `import jax` and one compiled step.
+About a minute on two cores.
+
 A suite is one function that returns a list of `Suite`, named in `SUITES`.
 """
 
@@ -32,8 +35,14 @@ from suites import harness
 from suites.epoch import epoch_suites
 from suites.moments import moments_suites
 from suites.per_example import per_example_suites
+from suites.start_up import start_up_suites
 
-SUITES = {"epoch": epoch_suites, "per_example": per_example_suites, "moments": moments_suites}
+SUITES = {
+    "epoch": epoch_suites,
+    "per_example": per_example_suites,
+    "moments": moments_suites,
+    "startup": start_up_suites,
+}
 
 
 def write(name: str, results: list[dict], where: dict, folder: Path) -> None:

@@ -197,6 +197,35 @@ def test_memory_is_what_is_in_between_and_what_comes_out(per_example):
     np.testing.assert_array_equal(prepared.run(), np.full(1000, 2.0))
 
 
+# The suite `startup`
+
+
+@pytest.fixture(scope="module")
+def start_up():
+    return importlib.import_module("suites.start_up")
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_a_start_comes_to_its_first_step(start_up, index):
+    (suite,) = start_up.start_up_suites()
+    suite.contenders[index].make().run()
+
+
+def test_a_start_that_fails_is_not_timed(start_up, monkeypatch, capfd):
+    with pytest.raises(subprocess.CalledProcessError):
+        start_up._process("raise SystemExit('no step')", start_up._without_cache).run()
+    assert "no step" in capfd.readouterr().err
+
+
+def test_cpu_time_is_that_of_processes_too(harness):
+    def run():
+        subprocess.run([sys.executable, "-c", "for _ in range(10**6): pass"], check=True)
+
+    suite = harness.Suite("none", "nothing", [harness.Contender("a process", lambda: run)])
+    (timing,) = harness.time_in_turns(suite, num_rounds=1)
+    assert timing.cpu_seconds[0] > 0.01
+
+
 # The harness
 
 

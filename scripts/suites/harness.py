@@ -5,6 +5,7 @@ import importlib.util
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
@@ -12,6 +13,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 Run = Callable[[], object]
 
@@ -68,7 +74,7 @@ class Timing(NamedTuple):
     contender: Contender
     seconds: list[float]
     cpu_seconds: list[float]
-    """What all threads of the process spent on it together: no waiting for other programs."""
+    """What all threads, and processes started, spent on it together: no waiting for others."""
     peak_bytes: int | None = None
 
     @property
@@ -164,11 +170,27 @@ def time_in_turns(
 
 
 def _run_once(run: Run, timing: Timing) -> object:
-    start, cpu_start = time.perf_counter(), time.process_time()
+    start, cpu_start = time.perf_counter(), _cpu_seconds()
     result = jax.block_until_ready(run())
+    _wait_for_torch()
     timing.seconds.append(time.perf_counter() - start)
-    timing.cpu_seconds.append(time.process_time() - cpu_start)
+    timing.cpu_seconds.append(_cpu_seconds() - cpu_start)
     return result
+
+
+def _cpu_seconds() -> float:
+    """Of this process, all its threads, and of its children that have ended."""
+    if resource is None:
+        return time.process_time()
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def _wait_for_torch() -> None:
+    """Waits for what PyTorch has under way on a GPU, where it has one in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _take_turn(run: Run, timing: Timing, min_seconds: float) -> None:
