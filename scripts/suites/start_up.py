@@ -1,6 +1,8 @@
 """The suite `startup`: how long until the first step is done, from the start of Python."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -113,14 +115,15 @@ def _later_start() -> Prepared:
 
 def _process(source: str, environment: Callable[[str], dict[str, str]]) -> Prepared:
     """Returns what runs a source in a process; raises CalledProcessError where it fails."""
-    folder = tempfile.TemporaryDirectory()  # lives as long as `run`
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     inherited = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
 
     def run() -> None:
         command = [sys.executable, "-c", source]
         if source is TRAIN:
-            command.append(f"--out_dir={folder.name}")
-        own = environment(folder.name)
+            command.append(f"--out_dir={folder}")
+        own = environment(folder)
         subprocess.run(
             command, cwd=ROOT, env=inherited | own, check=True, stdout=subprocess.DEVNULL
         )
