@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sgd_jax as sj
+from sgd_jax import sharding
+from sgd_jax._chunks import chunks, vary_like
 from sgd_jax._tree import tree_norm
 from sgd_jax._typing import Array, CostFn, Params
 from sgd_jax.data import Dataset, Examples
@@ -58,6 +61,7 @@ def make_programs(
     parts: Sequence[str] = PARTS,
     draw_epoch: DrawEpoch = draw_reshuffled,
     first_batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Programs:
     """Compiles the programs and puts the data on the device, pixels as the bytes they came as.
 
@@ -74,14 +78,15 @@ def make_programs(
     fewer than one in ten are right: the mark of an output neuron that died, or has yet to wake.
 
     ``parts`` are those measured, if not all three; ``draw_epoch`` makes the mini-batches of an
-    epoch from the key of a seed, the number of the epoch and the batch size.
+    epoch from the key of a seed, the number of the epoch and the batch size. The devices of
+    ``mesh`` share each mini-batch and what is measured; each holds all the data and all the state.
     """
     fun, output = example_functions(cost, dataset.num_classes, dataset.scale, dtype)
-    epoch = sj.make_epoch(fun, optimizer)
+    epoch = sj.make_epoch(fun, optimizer, mesh=mesh)
     n = len(dataset.train.labels)
-    train_data = to_device(dataset.train, dtype)
+    train_data = to_device(dataset.train, dtype, mesh)
     data = {
-        name: train_data if name == "train" else to_device(getattr(dataset, name), dtype)
+        name: train_data if name == "train" else to_device(getattr(dataset, name), dtype, mesh)
         for name in parts
     }
     numbers, init_all = make_init(optimizer, sizes=sizes, init=init, seeds=seeds, dtype=dtype)
@@ -103,6 +108,7 @@ def make_programs(
                 _make_totals(fun, output, dataset.num_classes, with_gradient=name == "train"),
                 params,
                 examples,
+                mesh,
             )
             for name, examples in data.items()
         }
@@ -119,10 +125,15 @@ def make_programs(
     options: dict[str, str | bool] = {}
     if jax.default_backend() == "cpu":
         options["xla_backend_optimization_level"] = "1"
-    init_fn = pool.submit(jax.jit(init_all).lower(numbers).compile, options)
-    state = jax.eval_shape(init_all, numbers)
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    init_lowered = jax.jit(init_all, out_shardings=whole).lower(numbers)
+    init_fn = pool.submit(init_lowered.compile, options)
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        jax.eval_shape(init_all, numbers),
+    )
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    train_fn = jax.jit(train, static_argnums=0, donate_argnums=1)
+    train_fn = jax.jit(train, static_argnums=0, donate_argnums=1, out_shardings=whole)
 
     @functools.cache
     def compile_epoch(batch_size: int) -> Future[jax.stages.Compiled]:
@@ -130,7 +141,8 @@ def make_programs(
 
     if first_batch_size is not None:
         compile_epoch(first_batch_size)
-    measure_fn = pool.submit(jax.jit(norms).lower(state.params, data).compile)
+    measure_lowered = jax.jit(norms, out_shardings=whole).lower(state.params, data)
+    measure_fn = pool.submit(measure_lowered.compile)
 
     def make_epoch(
         batch_size: int,
@@ -228,18 +240,34 @@ def _make_totals(
 
 
 def _sum_over_chunks(
-    totals_fn: Callable[[Params, Examples, Array], _Totals], params: Params, examples: Examples
+    totals_fn: Callable[[Params, Examples, Array], _Totals],
+    params: Params,
+    examples: Examples,
+    mesh: Mesh | None,
 ) -> _Totals:
     """Returns the totals over all examples, of which few are looked at together."""
-    n = len(examples.labels)
-    size = min(n, _CHUNK_SIZE)
+
+    def local(params: Params, examples: Examples, num_valid: Array | None = None) -> _Totals:
+        totals = _sum_of_valid(totals_fn, params, examples, num_valid)
+        return totals if num_valid is None else jax.lax.psum(totals, sharding.DATA_AXIS)
+
+    if mesh is None:
+        return local(params, examples)
+    return sharding.on_each_shard(local, mesh, params, examples)
+
+
+def _sum_of_valid(
+    totals_fn: Callable[[Params, Examples, Array], _Totals],
+    params: Params,
+    examples: Examples,
+    num_valid: Array | None,
+) -> _Totals:
+    """Returns the totals over the first ``num_valid`` examples, or all."""
+    params = vary_like(examples, params)
+    steps, _, chunk_of = chunks(examples, _CHUNK_SIZE, num_valid)
 
     def total(number: Array) -> _Totals:
-        start = jnp.minimum(
-            number * size, n - size
-        )  # the last chunk reaches back into the one before
-        chunk = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), examples)
-        return totals_fn(params, chunk, start + jnp.arange(size) >= number * size)
+        return totals_fn(params, *chunk_of(examples, number))
 
     def body(totals: _Totals, number: Array) -> tuple[_Totals, None]:
         return jax.tree.map(jnp.add, totals, total(number)), None
@@ -247,15 +275,17 @@ def _sum_over_chunks(
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(total, jnp.int32(0))
     )
-    return jax.lax.scan(body, zeros, jnp.arange(-(-n // size), dtype=jnp.int32))[0]
+    zeros = vary_like(examples, zeros)
+    return jax.lax.scan(body, zeros, jnp.arange(steps, dtype=jnp.int32))[0]
 
 
-def to_device(examples: Examples, dtype: jax.typing.DTypeLike) -> Any:
-    """Puts examples on the device, pixels as the bytes they came as."""
+def to_device(examples: Examples, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None) -> Any:
+    """Puts examples on the device, or whole on each of a mesh, pixels as the bytes they came as."""
     inputs = examples.inputs
     if inputs.dtype != np.uint8:
         inputs = inputs.astype(dtype)
-    return jax.device_put(Examples(inputs, examples.labels))
+    stored = Examples(inputs, examples.labels)
+    return jax.device_put(stored) if mesh is None else sharding.replicate(stored, mesh)
 
 
 def _to_columns(totals: dict[str, _Totals], sizes: dict[str, np.ndarray]) -> dict[str, Any]:

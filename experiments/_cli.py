@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from experiments import _platform, _signals
+from experiments import _platform, _processes, _signals
+from sgd_jax import processes
 from sgd_jax import runs as _runs  # noqa: F401  # says what to install where that is not done
 
 HelpGroups = Mapping[str, Sequence[flags.FlagHolder]]
@@ -52,6 +53,7 @@ def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str 
 
     def guarded(argv: Sequence[str]) -> int:
         with user_errors():
+            _processes.initialize(groups)
             _platform.choose(_platform.PLATFORM.value)
         try:
             code = main(*argv[1:])
@@ -103,6 +105,10 @@ def user_errors() -> Iterator[None]:
     """
     try:
         yield
+    except processes.OtherProcessError as error:
+        if processes.is_first():
+            fail(str(error))
+        sys.exit(2)  # the process that failed has said why
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(str(error))
 

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from absl import flags
 
-from experiments import _classifier
+from experiments import _classifier, _processes
 from experiments._cli import HelpGroups
 from experiments._config import DTYPES, NUM_HIDDEN, SMOKE_EPOCHS, Config
 from experiments._recorded import Output
@@ -91,6 +91,7 @@ GROUPS: HelpGroups = {
             "Trains this many networks as one program, from --seed on, and reports the spread.",
         ),
     ),
+    **_processes.GROUPS,
     "Run folder": (
         flags.DEFINE_string("out_dir", Output.out_dir, "Folder of all run folders."),
         flags.DEFINE_string(

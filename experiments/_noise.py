@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments import _classifier
 from experiments._config import Config
@@ -30,6 +31,7 @@ def make_measurement(
     seeds: range,
     dtype: jax.typing.DTypeLike,
     num_examples: int,
+    mesh: Mesh | None = None,
 ) -> Measurement:
     """Returns what measures B_simple = tr Σ/‖G‖² between epochs, by gradients of single examples.
 
@@ -50,9 +52,10 @@ def make_measurement(
       seeds: Of the networks.
       dtype: Of computation.
       num_examples: k, at least 3; n or more is all.
+      mesh: Devices that share the examples; None is one device.
     """
     fun, _ = _classifier.example_functions(cost, dataset.num_classes, dataset.scale, dtype)
-    examples = _classifier.to_device(dataset.train, dtype)
+    examples = _classifier.to_device(dataset.train, dtype, mesh)
     n = len(dataset.train.labels)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), _STREAM))(
         np.arange(seeds.start, seeds.stop, dtype=np.uint32)
@@ -68,7 +71,13 @@ def make_measurement(
             indices = sampling.without_replacement(key, n, num_examples).indices
             examples = jax.tree.map(lambda leaf: leaf[indices], examples)
         moments = gradient_moments(
-            fun, params, examples, chunk_size=_CHUNK_SIZE, keep_norms=True, keep_alignments=True
+            fun,
+            params,
+            examples,
+            chunk_size=_CHUNK_SIZE,
+            keep_norms=True,
+            keep_alignments=True,
+            mesh=mesh,
         )
         return noise_scale(moments, confidence=CONFIDENCE, population=population)
 

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import sgd_jax as sj
 from experiments import _cli, _platform, _signals
 from experiments._console import TrainingDisplay
-from sgd_jax import data, runs
+from sgd_jax import data, processes, runs
 
 
 class DivergenceError(ArithmeticError):
@@ -137,6 +138,8 @@ def open_folder(
 ) -> tuple[runs.RunFolder, list[str]]:
     """Makes the run folder, or opens it again, locks it, and writes `config.json`.
 
+    Of several processes the first does it; all must see the folder.
+
     Returns:
       The folder, locked until it is released or the process ends, and notes for the user: what the
       run works on and, where it is resumed, what may keep it from being the same to the last bit.
@@ -144,7 +147,37 @@ def open_folder(
     Raises:
       ValueError: the data are not those that the run began with.
       BlockingIOError: another process works on the run.
+      FileNotFoundError: a process does not see the folder that the first has made.
     """
+    made = []
+
+    def make() -> tuple[str, list[str]]:
+        folder, notes = _make_folder(output, settings, dataset, stored, source)
+        made.append(folder)
+        return str(folder.path.absolute()), notes
+
+    path, notes = processes.from_first(make)
+    folder = made[0] if made else runs.RunFolder(Path(path))
+    processes.in_all(lambda: _check_shared(folder))
+    return folder, notes
+
+
+def _check_shared(folder: runs.RunFolder) -> None:
+    if not folder.config_path.is_file():
+        raise FileNotFoundError(
+            f"process 0 has made {folder.path}, which process {jax.process_index()} does not see; "
+            "expected an --out_dir on a file system that all processes share"
+        )
+
+
+def _make_folder(
+    output: Output,
+    settings: dict[str, Any],
+    dataset: data.Dataset,
+    stored: dict[str, Any] | None,
+    source: str,
+) -> tuple[runs.RunFolder, list[str]]:
+    """See `open_folder`."""
     experiment = Path(source).stem
     environment = runs.describe_environment(source)
     digest = digest_of(dataset)
@@ -153,6 +186,7 @@ def open_folder(
     notes = [
         f"{dataset.name}: {num_train:,} examples to train on, {num_validation:,} to validate, "
         f"{num_test:,} to test; on {device['count']} × {device['kind']}"
+        + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + "".join(f"; unused: {name}" for name in device.get("unused", ()))
     ]
     if warning := _platform.warning_of_fallback(device):
@@ -210,6 +244,8 @@ def record(
     config = folder.read_config()
     try:
         status, exit_code, message = _train(folder, output, epochs, notes, config, run)
+        if not processes.is_first():
+            return exit_code
         if message:
             print(f"error: {message}", file=sys.stderr)
         records = folder.read_metrics()
@@ -239,7 +275,7 @@ def _train(
         loggers = [
             stack.enter_context(contextlib.closing(runs.LOGGERS[name](folder, config)))
             for name in dict.fromkeys(output.log_to)
-            if name in runs.LOGGERS
+            if name in runs.LOGGERS and processes.is_first()
         ]
         checkpoints: list[runs.Checkpoints] = []
 
@@ -250,7 +286,8 @@ def _train(
                 display.say(f"warning: {warning}")
             latest = opened.latest
             with _cli.user_errors():
-                was_missing = folder.rewind_metrics(latest.record if latest else None)
+                last = latest.record if latest else None
+                was_missing = processes.from_first(lambda: folder.rewind_metrics(last))
             if latest:
                 for logger in loggers if was_missing else []:
                     logger.log(latest.record)

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import sgd_jax as sj
-from experiments import _classifier, _cli, _flags, _noise, _recorded, _signals
+from experiments import _classifier, _cli, _flags, _noise, _processes, _recorded, _signals
 from experiments._config import Config, load, make_optimizer, read_config, resolve
 from experiments._recorded import DivergenceError, Output
-from sgd_jax import data, runs
+from sgd_jax import data, processes, runs
 
 _FREE_TO_CHANGE = frozenset({"epochs", "data_dir"})
 """What may differ when a run is resumed: when it ends, and where the same data now lie."""
@@ -47,6 +48,7 @@ def run(
     config: Config,
     dataset: data.Dataset | None = None,
     *,
+    mesh: Mesh | None = None,
     restore: Callable[[sj.TrainState], runs.Snapshot | None] = lambda state: None,
     on_epoch: Callable[[sj.TrainState, runs.Record], None] = lambda state, record: None,
     parts: Sequence[str] = _classifier.PARTS,
@@ -64,6 +66,8 @@ def run(
     Args:
       config: What to train.
       dataset: Of examples; by default what `load` returns.
+      mesh: Devices that share each mini-batch; None is one device. The numbers are the same but for
+        rounding.
       restore: Called once with the initial state; returns where to go on from, or None. What
         follows is then bit for bit what would have followed.
       on_epoch: Called with state and record of each epoch, the first included unless restored. The
@@ -95,6 +99,7 @@ def run(
         parts=parts,
         draw_epoch=draw_epoch,
         first_batch_size=(config.batch_size or n) if config.epochs else None,
+        mesh=mesh,
     )
     records = []
 
@@ -106,6 +111,7 @@ def run(
             seeds=seeds,
             dtype=np.dtype(config.dtype),
             num_examples=config.noise_examples,
+            mesh=mesh,
         )
 
     def report(state: sj.TrainState, epoch: int, seconds: float) -> None:
@@ -171,21 +177,22 @@ def main() -> int:
     with _cli.user_errors():
         given = _flags.given_settings()
         output = Output(**{f.name: given.pop(f.name) for f in fields(Output) if f.name in given})
-        stored = _recorded.read_stored(output)
+        mesh = _processes.make_mesh(given)
+        stored = processes.from_first(lambda: _recorded.read_stored(output))
         if stored is None:
             config = Config(**given)
         else:
             before = asdict(read_config(stored))
             config = Config(**_recorded.merge_settings(before, given, _FREE_TO_CHANGE))
-            if _recorded.is_complete(output, config.epochs):
+            if processes.from_first(lambda: _recorded.is_complete(output, config.epochs)):
                 print(f"complete: {output.run_name} has trained its {config.epochs} epochs already")
                 return 0
         if config.dtype == "float64":
             jax.config.update("jax_enable_x64", True)
-        dataset = load(config)
+        dataset = processes.in_all(lambda: load(config))
         config = resolve(config, dataset)
         folder, notes = _recorded.open_folder(output, asdict(config), dataset, stored, __file__)
-    train = functools.partial(run, config, dataset)
+    train = functools.partial(run, config, dataset, mesh=mesh)
     return _recorded.record(folder, output, config.epochs, config.seed, notes, train)
 
 

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.extend.core import Literal as Constant
+from jax.sharding import Mesh
 
-from sgd_jax import _validate
+from sgd_jax import _validate, sharding
+from sgd_jax._chunks import vary_like
 from sgd_jax._typing import Array, CostFn, Examples, MeanStrategy, Params, Strategy
 from sgd_jax.per_example import per_example_value_and_grad
 
@@ -54,7 +56,9 @@ class MeanStrategyChoice(NamedTuple):
         )
 
 
-def mean_value_and_grad(fun: CostFn, *, strategy: MeanStrategy = "auto") -> WeightedMean:
+def mean_value_and_grad(
+    fun: CostFn, *, strategy: MeanStrategy = "auto", mesh: Mesh | None = None
+) -> WeightedMean:
     """Returns the weighted mean of the costs of examples, and its gradient.
 
     C = Σ_j c_j C_j and ∇C = Σ_j c_j ∇C_j = Gᵀc. With c_j = 1/m these are the mean cost and the
@@ -67,6 +71,8 @@ def mean_value_and_grad(fun: CostFn, *, strategy: MeanStrategy = "auto") -> Weig
         meets the example in a way that has no rule; ``"mean_cost"`` is the gradient of the
         weighted mean cost; ``"auto"`` is what `choose_mean_strategy` finds cheapest. All agree to
         rounding.
+      mesh: devices that share the examples: each sums over its own, then one sum over the mesh axis
+        ``"data"``. See `sgd_jax.sharding`.
 
     Returns:
       A function ``(params, examples, weights) -> (cost, gradient)``; weights are c, shape (m,), and
@@ -83,6 +89,8 @@ def mean_value_and_grad(fun: CostFn, *, strategy: MeanStrategy = "auto") -> Weig
     """
     if strategy not in get_args(MeanStrategy):
         raise ValueError(f"strategy must be one of {get_args(MeanStrategy)}, got {strategy!r}")
+    if mesh is not None:
+        return _over_mesh(mean_value_and_grad(fun, strategy=strategy), mesh)
     if strategy == "mean_cost":
         return _gradient_of_mean_cost(fun)
     if strategy == "factored" or strategy == "materialized":
@@ -127,6 +135,22 @@ def choose_mean_strategy(fun: CostFn, params: Params, examples: Examples) -> Mea
     least = min(work.values())
     name: _Way = next(name for name in work if work[name] <= _MARGIN * least)
     return MeanStrategyChoice(name, work)
+
+
+def _over_mesh(mean: WeightedMean, mesh: Mesh) -> WeightedMean:
+    """Sums what every device finds for its own examples."""
+
+    def local(
+        params: Params, rows: tuple[Examples, Array], num_valid: Array
+    ) -> tuple[Array, Params]:
+        examples, weights = rows
+        weights = jnp.where(jnp.arange(weights.shape[0]) < num_valid, weights, 0)
+        own = vary_like(rows, params)  # else the gradient of the mean cost would be summed at once
+        return jax.lax.psum(mean(own, examples, weights), sharding.DATA_AXIS)
+
+    return lambda params, examples, weights: sharding.on_each_shard(
+        local, mesh, params, (examples, weights)
+    )
 
 
 def _ways(fun: CostFn) -> dict[_Way, WeightedMean]:

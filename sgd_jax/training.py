@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sgd_jax import _validate
+from sgd_jax import _validate, sampling, sharding
 from sgd_jax._typing import Array, CostFn, Examples, MeanStrategy, Params
 from sgd_jax.mean_gradient import mean_value_and_grad
 
@@ -55,6 +56,8 @@ def make_step(
     *,
     donate: bool = False,
     strategy: MeanStrategy = "auto",
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = (),
 ) -> Callable[[TrainState, Examples], tuple[TrainState, StepInfo]]:
     """Returns one step of training on a mini-batch, compiled.
 
@@ -68,6 +71,10 @@ def make_step(
         and optimizer state; the state handed in must then not be used again, nor hold one array at
         two places (copy it: XLA refuses to take a buffer twice).
       strategy: how the mini-batch gradient is computed, see `mean_value_and_grad`.
+      mesh: devices that share each mini-batch, cut along the mesh axis ``"data"``; the numbers are
+        the same to rounding, and m need be no multiple of the devices. See `sgd_jax.sharding`.
+      rules: which parameters, with their optimizer state, are cut over the mesh and how, see
+        `sharding.param_shardings`; the rest lies whole on every device.
 
     Returns:
       A jitted function ``(state, examples) -> (state, info)``. It compiles once per shape and
@@ -81,13 +88,14 @@ def make_step(
     >>> float(state.params), float(info.cost)  # w = 0 + ½·2;  C = (½·1 + ½·9) / 2
     (1.0, 2.5)
     """
-    update = _make_update(fun, optimizer, strategy)
+    mesh = _checked(mesh, rules)
+    update = _make_update(fun, optimizer, strategy, mesh, rules)
 
     def step(state: TrainState, examples: Examples) -> tuple[TrainState, StepInfo]:
         m = _validate.num_examples(examples)
         return update(state, examples, jnp.full((m,), 1 / m))
 
-    return jax.jit(step, donate_argnums=(0,) if donate else ())
+    return _placed(jax.jit(step, donate_argnums=(0,) if donate else ()), mesh, rules)
 
 
 def make_epoch(
@@ -96,6 +104,8 @@ def make_epoch(
     *,
     donate: bool = False,
     strategy: MeanStrategy = "auto",
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = (),
 ) -> Callable[[TrainState, Examples, Array], tuple[TrainState, StepInfo]]:
     """Returns an epoch of training: one compiled program that walks explicit mini-batches.
 
@@ -111,6 +121,10 @@ def make_epoch(
       donate: give the buffers of the incoming state to the outgoing one; the state handed in must
         then not be used again, nor hold one array at two places.
       strategy: how the mini-batch gradient is computed, see `mean_value_and_grad`.
+      mesh: devices that share each mini-batch, cut along the mesh axis ``"data"``; the numbers are
+        the same to rounding, and m need be no multiple of the devices. See `sgd_jax.sharding`.
+      rules: which parameters, with their optimizer state, are cut over the mesh and how, see
+        `sharding.param_shardings`; the rest lies whole on every device.
 
     Returns:
       A jitted function ``(state, examples, batches) -> (state, info)``: examples has leading axis n
@@ -128,7 +142,8 @@ def make_epoch(
     >>> float(state.params), int(state.step)  # 0 → ½·2 = 1 → 1 + ½·7 = 4.5
     (4.5, 2)
     """
-    update = _make_update(fun, optimizer, strategy)
+    mesh = _checked(mesh, rules)
+    update = _make_update(fun, optimizer, strategy, mesh, rules)
 
     def epoch(state: TrainState, examples: Examples, batches: Array) -> tuple[TrainState, StepInfo]:
         _validate.num_examples(examples)
@@ -138,6 +153,7 @@ def make_epoch(
             raise ValueError(f"batches must name examples, got m = 0 in shape {batches.shape}")
         if not jnp.issubdtype(jnp.result_type(batches), jnp.integer):
             raise TypeError(f"batches must hold indices, got dtype {jnp.result_type(batches)}")
+        batches = sampling.lay_out(batches, mesh)
 
         def step(state: TrainState, batch: tuple[Examples, Array]) -> tuple[TrainState, StepInfo]:
             return update(state, *batch)
@@ -148,6 +164,9 @@ def make_epoch(
                 lambda leaf: leaf.at[jnp.maximum(indices, 0)].get(mode="promise_in_bounds"),
                 examples,
             )
+            if mesh is not None:  # each device gathers its own share of every mini-batch
+                cut = NamedSharding(mesh, PartitionSpec(None, sharding.DATA_AXIS))
+                gathered = jax.lax.with_sharding_constraint(gathered, cut)
             num_present = jnp.sum(present, axis=1, keepdims=True)
             # NaN said outright: XLA turns a division of bools by zero into zero.
             absent_weight = jnp.where(num_present > 0, 0.0, jnp.nan)
@@ -165,7 +184,7 @@ def make_epoch(
             info = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), info, rest)
         return state, info
 
-    return jax.jit(epoch, donate_argnums=(0,) if donate else ())
+    return _placed(jax.jit(epoch, donate_argnums=(0,) if donate else ()), mesh, rules)
 
 
 _BLOCK_BYTES = 1 << 19
@@ -196,10 +215,14 @@ def _bytes_per_example(examples: Examples) -> int:
 
 
 def _make_update(
-    fun: CostFn, optimizer: optax.GradientTransformation, strategy: MeanStrategy
+    fun: CostFn,
+    optimizer: optax.GradientTransformation,
+    strategy: MeanStrategy,
+    mesh: Mesh | None,
+    rules: sharding.Rules,
 ) -> Callable[[TrainState, Examples, Array], tuple[TrainState, StepInfo]]:
     """Returns one step on weighted examples, not compiled: what a step and an epoch share."""
-    gradient = mean_value_and_grad(fun, strategy=strategy)
+    gradient = mean_value_and_grad(fun, strategy=strategy, mesh=mesh)
 
     def update(
         state: TrainState, examples: Examples, weights: Array
@@ -207,6 +230,31 @@ def _make_update(
         cost, grads = gradient(state.params, examples, weights)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), StepInfo(cost)
+        after = TrainState(params, opt_state, state.step + 1)
+        if mesh is not None:
+            after = sharding.place(after, _shardings(after, mesh, rules))
+        return after, StepInfo(cost)
 
     return update
+
+
+def _shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules) -> TrainState:
+    return sharding.state_shardings(state, state.params, mesh, rules)
+
+
+def _placed(compiled: Any, mesh: Mesh | None, rules: sharding.Rules) -> Any:
+    """Returns a compiled function of (state, examples, ...) that lays these out first."""
+    if mesh is None:
+        return compiled
+
+    def run(state: TrainState, *data: Any) -> tuple[TrainState, StepInfo]:
+        state = sharding.place(state, _shardings(state, mesh, rules))
+        return compiled(state, *(sharding.on_mesh(leaves, mesh) for leaves in data))
+
+    return run
+
+
+def _checked(mesh: Mesh | None, rules: sharding.Rules) -> Mesh | None:
+    if mesh is None and rules:
+        raise ValueError("rules say how parameters lie on a mesh; give mesh too")
+    return None if mesh is None else sharding.check_mesh(mesh)

@@ -12,6 +12,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
 
 import sgd_jax as sj
 from sgd_jax import sampling, sharding
@@ -90,7 +92,60 @@ def sweep(mesh):
     return program.epoch(program.init(params, rates), rates, examples, batches)
 
 
+OPTIMIZER = optax.adam(0.1)  # no plain sum, and with a state of its own
+
+
+def epoch(mesh, rules=(), cut=False):
+    """Returns state and costs after an epoch whose last mini-batch is short."""
+    params, examples = problem()
+    batches = sampling.epoch(jax.random.key(6), N, M, keep_last=True)
+    if cut:
+        examples = sharding.shard_examples(examples, mesh, pad=True)
+    state = sj.init_state(params, OPTIMIZER)
+    state, info = sj.make_epoch(fun, OPTIMIZER, mesh=mesh, rules=rules)(state, examples, batches)
+    weights = state.params[0].weights
+    assert mesh is None or weights.sharding.spec == dict(rules).get("0/weights", P())
+    return state, info
+
+
+def step(mesh):
+    """Returns state and cost after a step on M examples, by the gradient of their mean cost."""
+    params, examples = problem()
+    few = jax.tree.map(lambda leaf: leaf[:M], examples)
+    take = sj.make_step(fun, OPTIMIZER, strategy="mean_cost", mesh=mesh)
+    return take(sj.init_state(params, OPTIMIZER), few)
+
+
+def mesh_with_model(mesh):
+    """Returns the same devices in a grid with a second axis, of 2."""
+    return None if mesh is None else jax.make_mesh((mesh.size // 2, 2), ("data", "model"))
+
+
+def epoch_by_rules(mesh):
+    """Returns the same as `epoch`, with a layer and its optimizer state cut over a second axis."""
+    rules = [("0/weights", P("model")), ("0/biases", P("model"))]
+    return epoch(mesh_with_model(mesh), rules if mesh else ())
+
+
+def epoch_all_cut(mesh):
+    """Returns the same as `epoch`, with a layer and the examples cut over the axis of the batch."""
+    return epoch(mesh, [("0/weights", P("data"))], cut=True) if mesh else epoch(None)
+
+
+def moments_by_rules(mesh):
+    if mesh is None:
+        return moments(None)
+    mesh, (params, _) = mesh_with_model(mesh), problem()
+    shardings = sharding.param_shardings(params, mesh, [("0/weights", P("model"))])
+    return moments(mesh, sharding.place(params, shardings))
+
+
 RESULTS = {
+    "epoch": (epoch, (1, 2, 8)),
+    "step": (step, (1, 2, 8)),
+    "epoch_by_rules": (epoch_by_rules, (8,)),
+    "epoch_all_cut": (epoch_all_cut, (8,)),
+    "moments_by_rules": (moments_by_rules, (8,)),
     "sweep": (sweep, (2, 8)),
     "moments": (moments, (1, 2, 8)),
     "moments_of_strata": (moments_of_strata, (8,)),

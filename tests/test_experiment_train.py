@@ -20,7 +20,7 @@ from absl import flags
 from rich.console import Console
 
 import sgd_jax as sj
-from experiments import _classifier, _cli, _flags, _recorded, train
+from experiments import _classifier, _cli, _flags, _processes, _recorded, train
 from experiments._config import Config, make_optimizer, resolve
 from experiments._console import TrainingDisplay
 from sgd_jax import data, runs
@@ -269,8 +269,8 @@ def test_a_run_leaves_everything_behind(tiny, tmp_path, capsys):
     assert path.name.startswith("train-tiny-")
     folder = runs.RunFolder(path)
     config = folder.read_config()
-    defined = {holder.name for group in _flags.GROUPS.values() for holder in group}
-    assert defined <= config.keys()
+    of_settings = _flags.GROUPS.keys() - _processes.GROUPS.keys()
+    assert {holder.name for name in of_settings for holder in _flags.GROUPS[name]} <= config.keys()
     assert config["sizes"] == [5, 4, 3]
     assert config["versions"].keys() >= {"python", "jax", "jaxlib", "optax", "sgd_jax"}
     assert config["device"]["platform"] == jax.devices()[0].platform

@@ -16,6 +16,7 @@ FLOORS = {  # of a module, or of a sub-package and all that is in it
     "sgd_jax._tree": 0,
     "sgd_jax._version": 0,
     "sgd_jax.sharding": 0,
+    "sgd_jax.processes": 0,
     "sgd_jax.costs": 1,
     "sgd_jax.networks": 1,
     "sgd_jax._chunks": 1,

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
+from sgd_jax import processes
 from sgd_jax._typing import PyTree
 from sgd_jax.runs.files import read_json, write_json
 from sgd_jax.runs.folder import Record
@@ -41,6 +42,9 @@ class Checkpoints:
     checkpoint is complete on the disk, with the SHA-256 of each of its files. One that is not
     complete (half written by a run that was killed) or has a byte that is not as it was saved is
     never restored: it is renamed to `damaged-<epoch>` and the one before is used.
+
+    Of several processes all save and restore together, into one folder that all can see; any number
+    may go on from what others saved.
 
     Args:
       path: The folder; made where it does not exist.
@@ -109,27 +113,29 @@ class Checkpoints:
 
     def _restore_latest(self) -> Snapshot | None:
         latest = None
-        for epoch in _epochs(self._path):  # the best too: the manager reads its record
+        # The best too, for the manager reads its record.
+        for epoch in processes.from_first(lambda: _epochs(self._path)):
             try:
                 snapshot = _restore(self._path / str(epoch), self._like)
             except ValueError as error:
-                self._set_aside(epoch, error)
+                reason = _first_line(error)
+                self.damaged.append(
+                    processes.from_first(lambda e=epoch, r=reason: self._set_aside(e, r))
+                )
             else:
                 latest = latest or snapshot
         if self.damaged and latest:
             self.damaged.append(f"the last whole checkpoint is that of epoch {latest.epoch}")
         return latest
 
-    def _set_aside(self, epoch: int, error: Exception) -> None:
+    def _set_aside(self, epoch: int, reason: str) -> str:
+        """Renames a damaged checkpoint; returns the sentence that says so."""
         number, target = 1, self._path / f"damaged-{epoch}"
         while target.exists():
             number += 1
             target = self._path / f"damaged-{epoch}-{number}"
         (self._path / str(epoch)).rename(target)
-        self.damaged.append(
-            f"checkpoint {epoch} is incomplete or damaged ({_first_line(error)}); "
-            f"it is now {target}"
-        )
+        return f"checkpoint {epoch} is incomplete or damaged ({reason}); it is now {target}"
 
 
 def read_checkpoint(path: Path, like: PyTree) -> Snapshot:
@@ -196,7 +202,7 @@ def _restore(checkpoint: Path, like: PyTree) -> Snapshot:
 
 
 def _write_digests(checkpoint: Path) -> None:
-    if jax.process_index() == 0:
+    if processes.is_first():
         write_json(checkpoint / _DIGESTS, _digests(checkpoint))
 
 

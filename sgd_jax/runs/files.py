@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sgd_jax import processes
+
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces a file by ``value`` as JSON, atomically; NaN and infinity are refused."""
@@ -12,7 +14,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by ``text``, atomically: through a temporary file in the same folder."""
+    """Replaces a file by ``text``, atomically: through a temporary file in the same folder.
+
+    Of several processes the first does it, here as everywhere in `sgd_jax.runs`.
+    """
+    if not processes.is_first():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sgd_jax import processes
 from sgd_jax.runs.files import parse_object, read_json, write_json, write_text
 from sgd_jax.runs.lock import RunLock
 
@@ -100,6 +101,8 @@ class RunFolder:
 
     def append_metrics(self, record: Record) -> None:
         """Adds a line to `metrics.jsonl`; it has reached the disk when this returns."""
+        if not processes.is_first():
+            return
         with open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(_line(record))
             file.flush()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sgd_jax import processes
 from sgd_jax.runs.folder import Record
 from sgd_jax.runs.page import html_figure, html_pairs, html_table, write_page
 from sgd_jax.runs.summary import per_seed
@@ -98,6 +99,8 @@ def _draw_noise(axis: Any, records: Sequence[Record]) -> None:
 
 def save_figure(path: Path, figure: "Figure") -> None:
     """Writes a figure as PNG, replaced atomically; makes the folder."""
+    if not processes.is_first():
+        return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,92 @@
+"""Several processes and devices for one run: their flags, and how the program joins them."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from jax.sharding import Mesh
+
+from sgd_jax import processes, sharding
+
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "host:port of process 0, the same for all processes; or auto, alone, where SLURM, Kubernetes, "
+    "MPI or a TPU pod tells which there are. See docs/distributed.md.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0; that one writes and prints."
+)
+_PEER_TIMEOUT = flags.DEFINE_integer(
+    "peer_timeout",
+    30,
+    "Seconds without a sign of life after which a process counts as lost, and the others end.",
+)
+_JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for all to come.")
+_NUM_DEVICES = flags.DEFINE_integer(
+    "num_devices",
+    None,
+    "Devices of one process that share each mini-batch, 1 by default; several processes use all "
+    "that they have.",
+)
+HEADING = "Several devices, several hosts"
+GROUPS = {
+    HEADING: (
+        _COORDINATOR,
+        _NUM_PROCESSES,
+        _PROCESS_ID,
+        _PEER_TIMEOUT,
+        _JOIN_TIMEOUT,
+        _NUM_DEVICES,
+    )
+}
+
+
+def initialize(groups: Mapping[str, Sequence[flags.FlagHolder]]) -> None:
+    """Joins the processes, where the flags say so; all but the first fall silent.
+
+    Args:
+      groups: Flags that the program reads; without ours nothing is joined.
+
+    Raises:
+      ValueError: flags that do not go together.
+      TimeoutError: not all processes came.
+    """
+    if HEADING not in groups:
+        return
+    processes.initialize(
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        peer_timeout=_PEER_TIMEOUT.value,
+        join_timeout=_JOIN_TIMEOUT.value,
+    )
+    if not processes.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+
+
+def make_mesh(given: dict[str, Any]) -> Mesh | None:
+    """Returns the devices to compute on, or None for one; takes our flags out of ``given``.
+
+    Raises:
+      ValueError: more devices than there are, or their number with several processes.
+    """
+    for holder in GROUPS[HEADING]:
+        given.pop(holder.name, None)
+    number, available = _NUM_DEVICES.value, jax.device_count()
+    if jax.process_count() > 1:
+        if number is not None:
+            raise ValueError(
+                f"num_devices is {number}; leave it out with several processes, which use all "
+                "devices that they have"
+            )
+        return sharding.data_mesh()
+    if number is not None and not 1 <= number <= available:
+        raise ValueError(
+            f"num_devices is {number}; expected 1 to {available}, the devices of this process"
+        )
+    return sharding.data_mesh(jax.devices()[:number]) if (number or 1) > 1 else None

@@ -1,0 +1,166 @@
+"""Several processes that compute as one, on one host or on many: joining them, and agreeing.
+
+All run the same program on the same settings; JAX's own runtime makes their devices one set. What
+must happen once, such as writing a file, the first process does, and tells the others.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sgd_jax import _validate
+
+AUTO = "auto"
+"""As coordinator: lets JAX find the processes, as SLURM, Kubernetes, MPI or a TPU pod name them."""
+
+Value = TypeVar("Value")
+
+
+class OtherProcessError(RuntimeError):
+    """Something failed in another process; the message says what and where."""
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    peer_timeout: int = 30,
+    join_timeout: int = 300,
+) -> None:
+    """Joins the processes of one computation, by `jax.distributed.initialize`.
+
+    Call it before anything else of JAX. Without arguments nothing is joined, and the process
+    computes alone.
+
+    Args:
+      coordinator: address ``host:port`` of process 0, where a port must be free; or `AUTO`, alone,
+        on SLURM, Kubernetes, under MPI or in a TPU pod.
+      num_processes: how many there are.
+      process_id: which of them this is, from 0.
+      peer_timeout: seconds without a sign of life after which a process counts as lost; the others
+        then end.
+      join_timeout: seconds to wait for all to come.
+
+    Raises:
+      ValueError: some arguments without the others, or out of range; `AUTO` where there is nothing
+        to be found.
+      RuntimeError: the processes were joined already, JAX has computed already, or not all came in
+        time.
+    """
+    given = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    present = [name for name, value in given.items() if value is not None]
+    if not present:
+        return
+    timeouts: Any = {
+        "heartbeat_timeout_seconds": _validate.positive_int("peer_timeout", peer_timeout),
+        "initialization_timeout": _validate.positive_int("join_timeout", join_timeout),
+        "shutdown_timeout_seconds": peer_timeout,
+    }
+    if coordinator == AUTO:
+        if len(present) > 1:
+            raise ValueError(
+                f"coordinator is {AUTO}, which finds {present[1]} too; leave {present[1]} out, or "
+                "give the address of process 0"
+            )
+        try:
+            jax.distributed.initialize(**timeouts)
+        except ValueError as error:
+            raise ValueError(
+                f"coordinator is {AUTO}, but neither SLURM, Kubernetes, MPI nor a TPU pod tells "
+                f"which processes there are ({error}); give coordinator as host:port, "
+                "num_processes and process_id"
+            ) from error
+        return
+    missing = [name for name in given if name not in present]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(present)} given without {' and '.join(missing)}; give all three, or "
+            f"coordinator={AUTO} alone"
+        )
+    host, _, port = str(coordinator).rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ValueError(
+            f"coordinator is {coordinator!r}; expected host:port of process 0, as in 10.0.0.1:1234"
+        )
+    count = _validate.positive_int("num_processes", num_processes)
+    if isinstance(process_id, bool) or not hasattr(process_id, "__index__"):
+        raise TypeError(f"process_id must be a whole number, got {process_id!r}")
+    if not 0 <= int(process_id or 0) < count:
+        raise ValueError(
+            f"process_id is {process_id}; expected 0 to num_processes − 1 = {count - 1}"
+        )
+    jax.distributed.initialize(coordinator, count, process_id, **timeouts)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints: process 0, or the only one."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def from_first(function: Callable[[], Value]) -> Value:
+    """Calls a function in the first process alone, and returns in all what it returned.
+
+    All processes must come here. Where there are several, tuples come back as lists.
+
+    Args:
+      function: what it returns can be written as JSON.
+
+    Raises:
+      OtherProcessError: in the other processes, where the function raised in the first, which
+        raises what it raised.
+    """
+    if jax.process_count() == 1:
+        return function()
+    error = None
+    message: dict[str, Any] = {}
+    if is_first():
+        try:
+            message = {"value": function()}
+        except Exception as raised:  # the others wait to be told
+            error, message = raised, {"error": str(raised)}
+    message = json.loads(_from_first(json.dumps(message).encode()))
+    if error is not None:
+        raise error
+    if "error" in message:
+        raise OtherProcessError(f"in process 0: {message['error']}")
+    return message["value"]
+
+
+def in_all(function: Callable[[], Value]) -> Value:
+    """Calls a function in every process, and returns if none raised; all must come here.
+
+    Raises:
+      OtherProcessError: it raised in another process; where it raised itself, a process raises
+        what was raised.
+    """
+    if jax.process_count() == 1:
+        return function()
+    error, value = None, None
+    try:
+        value = function()
+    except Exception as raised:
+        error = raised
+    failed = np.asarray(multihost_utils.process_allgather(np.int32(error is not None)))
+    if error is not None:
+        raise error
+    if failed.any():
+        raise OtherProcessError(f"process {int(np.argmax(failed))} has failed, and says why itself")
+    return value  # pyright: ignore[reportReturnType]
+
+
+def _from_first(text: bytes) -> bytes:
+    """The bytes of process 0, which alone knows their number."""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.zeros(size, np.uint8)
+    if is_first():
+        padded[:] = np.frombuffer(text, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8))
