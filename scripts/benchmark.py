@@ -23,25 +23,32 @@ About a minute on two cores.
 `startup`: from the start of Python to the first step; ratios to `import jax` and one compiled step.
 About a minute on two cores.
 
+`sweep`: an epoch of 32 runs as one program, beside single runs; times are per run. Each core is a
+device. About a minute on two cores.
+
 A suite is one function that returns a list of `Suite`, named in `SUITES`.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags
 from suites import harness
 from suites.epoch import epoch_suites
 from suites.moments import moments_suites
 from suites.per_example import per_example_suites
 from suites.start_up import start_up_suites
+from suites.sweep import sweep_suites
 
 SUITES = {
     "epoch": epoch_suites,
     "per_example": per_example_suites,
     "moments": moments_suites,
     "startup": start_up_suites,
+    "sweep": sweep_suites,
 }
 
 
@@ -68,6 +75,8 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     values = flags.FLAGS
+    if values.suite == "sweep":
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     suites = SUITES[values.suite](values.data_dir)
     unknown = set(values.tables) - {suite.name for suite in suites}
     if unknown:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ def chosen_from(suite, *words):
 
 
 def test_all_contenders_of_the_suite_epoch_compute_the_same(epoch, harness):
-    (suite,) = epoch.epoch_suites(n=40)
+    suite = epoch.epoch_suites(n=40)[0]
     without_torch = [c for c in suite.contenders if "torch" not in c.needs]
     assert_all_agree(harness, suite._replace(contenders=without_torch))
 
@@ -77,11 +78,45 @@ def test_peers_of_the_suite_epoch_take_other_networks_and_mini_batches(epoch, ha
     assert_all_agree(harness, chosen_from(suite, "NumPy", "scikit-learn"))
 
 
+def test_the_wide_network_stands_beside_a_product_of_as_many_operations(epoch, harness):
+    names = [suite.name for suite in epoch.epoch_suites(n=40)]
+    assert names == ["epoch", "epoch_m128", "epoch_m1000", "epoch_wide"]
+    problem = epoch.make_epoch_problem(None, 40, (6, 5, 4, 3), batch_size=8, learning_rate=0.5)
+    # Each product of (a, b) takes 2ab; the inputs need no gradient.
+    assert epoch.num_operations(problem) == 40 * 2 * (2 * 6 * 5 + 3 * 5 * 4 + 3 * 4 * 3)
+    suite = epoch.wide_suite("wide", problem)
+    product = suite.contenders[-1].make()()
+    assert product.shape == (2048, 2048)
+    result = harness.measure(suite, num_rounds=1)
+    assert not result["left_out"]
+
+
+def test_c_is_left_out_where_there_is_no_compiler(epoch, monkeypatch):
+    epoch.epoch_c._library.cache_clear()
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(NotImplementedError, match="no C compiler"):
+        epoch.epoch_c.c_epoch(epoch.make_epoch_problem(None, 40))
+
+
+def test_a_sweep_is_timed_by_the_run(epoch, harness):
+    sweep = importlib.import_module("suites.sweep")
+    problem = epoch.make_epoch_problem(None, 40, (6, 5, 4))
+    suite = sweep.sweep_suite("sweep", problem, num_runs=8)
+    assert [c.units for c in suite.contenders] == [1, 1, 8, 8]
+    run = suite.contenders[2].make()
+    single = suite.contenders[0].make()()
+    for leaf, alone in zip(jax.tree.leaves(run()), jax.tree.leaves(single), strict=True):
+        np.testing.assert_allclose(leaf[0, -1], alone, rtol=1e-5, atol=1e-6)
+    timing = harness.Timing(harness.Contender("one", lambda: None, units=4), [], [])
+    harness._run_once(lambda: time.sleep(0.02), timing)
+    assert timing.seconds[0] >= 0.005
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_pytorch_computes_the_same_epoch_eagerly_and_compiled(epoch, harness):
     pytest.importorskip("torch")
-    (suite,) = epoch.epoch_suites(n=40)
+    suite = epoch.epoch_suites(n=40)[0]
     assert_all_agree(harness, chosen_from(suite, "PyTorch"))
 
 
@@ -107,7 +142,7 @@ def test_a_contender_that_takes_the_sum_for_the_mean_is_left_out(epoch, harness,
 
 @pytest.mark.mnist
 def test_the_suite_epoch_runs_on_mnist_and_says_so(epoch, harness):
-    (suite,) = epoch.epoch_suites(os.environ["SGD_JAX_MNIST_DIR"], n=40)
+    suite = epoch.epoch_suites(os.environ["SGD_JAX_MNIST_DIR"], n=40)[0]
     assert "n = 40 (MNIST)" in suite.work
     assert_all_agree(harness, suite._replace(contenders=suite.contenders[:2]))
 

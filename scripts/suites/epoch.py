@@ -1,6 +1,7 @@
 """The suite `epoch`: one epoch of the textbook network, in the obvious ways to write it."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,10 +12,11 @@ import numpy as np
 import sgd_jax as sj
 from sgd_jax import data
 from sgd_jax.networks import Network
-from suites import epoch_peers
+from suites import epoch_c, epoch_peers
 from suites.harness import Contender, Prepared, Run, Suite
 
 QUADRATIC, CROSS_ENTROPY = "quadratic cost", "cross-entropy cost"
+PRODUCT = "one matrix product, 2048 × k × 2048, of as many operations"
 OURS = ("sgd_jax.make_epoch", QUADRATIC)
 
 
@@ -58,7 +60,7 @@ def make_epoch_problem(
 
 
 def epoch_suites(data_dir: str | None = None, n: int = 50_000) -> list[Suite]:
-    """Returns one epoch of the textbook network, in many ways, from one start in one order.
+    """Returns one epoch in many ways, from one start in one order, for three m and a wide network.
 
     Each returns the params after the epoch, which are compared. Drawing the order is not timed. All
     compute in float32, but for the NumPy of the book, which takes float64.
@@ -67,7 +69,15 @@ def epoch_suites(data_dir: str | None = None, n: int = 50_000) -> list[Suite]:
       data_dir: folder of MNIST; None: random pixels of the same shape.
       n: number of examples.
     """
-    return [epoch_suite("epoch", make_epoch_problem(data_dir, n))]
+    wide = make_epoch_problem(
+        data_dir, min(n, 6_400), (784, 800, 800, 10), min(n, 128), learning_rate=0.5
+    )
+    return [
+        epoch_suite("epoch", make_epoch_problem(data_dir, n)),
+        epoch_suite("epoch_m128", make_epoch_problem(data_dir, n, batch_size=min(n, 128))),
+        epoch_suite("epoch_m1000", make_epoch_problem(data_dir, n, batch_size=min(n, 1000))),
+        wide_suite("epoch_wide", wide),
+    ]
 
 
 def epoch_suite(name: str, problem: EpochProblem) -> Suite:
@@ -89,6 +99,7 @@ def epoch_suite(name: str, problem: EpochProblem) -> Suite:
             ("optax",),
             3,
         ),
+        ("C, one core", epoch_c.c_epoch, (), None),
         ("NumPy, a mini-batch at a time", epoch_peers.numpy_by_batch, (), None),
         ("NumPy, an example at a time", epoch_peers.numpy_by_example, (), 3),
         ("PyTorch, eager", epoch_peers.torch_eager, ("torch",), None),
@@ -106,11 +117,54 @@ def epoch_suite(name: str, problem: EpochProblem) -> Suite:
         Contender(OURS[0], twin, question=CROSS_ENTROPY, baseline=baseline),
         Contender("scikit-learn", theirs, ("sklearn",), None, CROSS_ENTROPY, baseline),
     ]
-    work = (
+    return Suite(name, _work(problem), contenders, read, tolerance=1e-3)
+
+
+def wide_suite(name: str, problem: EpochProblem) -> Suite:
+    """Returns one epoch of a network whose time goes into matrix products.
+
+    Beside it one large product of as many operations: what the machine gives at best.
+    """
+    ways = {
+        OURS[0]: (our_epoch, ()),
+        "one scan, optax and grad of the mean": (optax_epoch, ("optax",)),
+        "C, one core": (epoch_c.c_epoch, ()),
+        "NumPy, a mini-batch at a time": (epoch_peers.numpy_by_batch, ()),
+        "PyTorch, eager": (epoch_peers.torch_eager, ("torch",)),
+    }
+    contenders = [
+        Contender(way, functools.partial(make, problem), needs, None, QUADRATIC, OURS)
+        for way, (make, needs) in ways.items()
+    ]
+    product = functools.partial(_product_of, num_operations(problem))
+    contenders.append(Contender("jnp.matmul", product, (), None, PRODUCT, OURS))
+    return Suite(name, _work(problem), contenders, read, tolerance=1e-3)
+
+
+def num_operations(problem: EpochProblem) -> int:
+    """Returns the additions and multiplications in the matrix products of an epoch.
+
+    For each example and each layer (n_in, n_out): 2·n_in·n_out forward, for the gradient and, but
+    for the first layer, backward.
+    """
+    pairs = list(itertools.pairwise(problem.sizes))
+    per_example = sum(6 * a * b for a, b in pairs) - 2 * pairs[0][0] * pairs[0][1]
+    return per_example * problem.batches.size
+
+
+def _product_of(operations: int, size: int = 2048) -> Run:
+    terms = max(1, round(operations / (2 * size * size)))
+    left, right = jnp.ones((size, terms)), jnp.ones((terms, size))
+    product = jax.jit(jnp.matmul)
+    return lambda: product(left, right)
+
+
+def _work(problem: EpochProblem) -> str:
+    return (
         f"one epoch of {problem.sizes}, m = {problem.batches.shape[1]}, "
-        f"n = {len(problem.labels):,} ({problem.origin})"
+        f"n = {len(problem.labels):,} ({problem.origin}), "
+        f"{num_operations(problem) / 1e9:.3g}·10⁹ operations in products"
     )
-    return Suite(name, work, contenders, read, tolerance=1e-3)
 
 
 def read(params: object) -> list[np.ndarray]:
@@ -126,7 +180,9 @@ def _cross_entropy(network: Network, x: jax.Array, y: jax.Array) -> jax.Array:
     return sj.logit_cross_entropy_cost(sj.weighted_input(network, x), y)
 
 
-def _cost_of_one(problem: EpochProblem, cost: Callable = _quadratic) -> Callable:
+def cost_of_one(problem: EpochProblem, cost: Callable = _quadratic) -> Callable:
+    """Returns the cost of one example as it is stored: pixels of a byte, and a label."""
+
     def fun(network: Network, example: tuple[jax.Array, jax.Array]) -> jax.Array:
         pixels, label = example
         return cost(
@@ -136,23 +192,24 @@ def _cost_of_one(problem: EpochProblem, cost: Callable = _quadratic) -> Callable
     return fun
 
 
-def _on_device(problem: EpochProblem) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+def on_device(problem: EpochProblem) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Returns examples and mini-batches as arrays of JAX."""
     return jax.device_put(((problem.pixels, problem.labels), problem.batches))
 
 
 def our_epoch(problem: EpochProblem, cost: Callable = _quadratic) -> Run:
     """Returns an epoch by `make_epoch`."""
     optimizer = sj.sgd(problem.learning_rate)
-    epoch = sj.make_epoch(_cost_of_one(problem, cost), optimizer)
+    epoch = sj.make_epoch(cost_of_one(problem, cost), optimizer)
     state = sj.init_state(problem.network, optimizer)
-    examples, batches = _on_device(problem)
+    examples, batches = on_device(problem)
     return lambda: epoch(state, examples, batches)[0].params
 
 
 def our_steps(problem: EpochProblem) -> Run:
     """Returns an epoch by `make_step`, the loop and the gathering left to Python and NumPy."""
     optimizer = sj.sgd(problem.learning_rate)
-    step = sj.make_step(_cost_of_one(problem), optimizer)
+    step = sj.make_step(cost_of_one(problem), optimizer)
     start = sj.init_state(problem.network, optimizer)
 
     def run() -> object:
@@ -169,7 +226,7 @@ def _optax_step(problem: EpochProblem) -> tuple[Any, Callable]:
     import optax
 
     optimizer = optax.sgd(problem.learning_rate)
-    cost = _cost_of_one(problem)
+    cost = cost_of_one(problem)
 
     def mean_cost(network: Network, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         return jnp.mean(jax.vmap(cost, in_axes=(None, 0))(network, batch))
@@ -185,7 +242,7 @@ def _optax_step(problem: EpochProblem) -> tuple[Any, Callable]:
 def optax_epoch(problem: EpochProblem) -> Run:
     """Returns an epoch as one writes it with optax: a scan over the gradient of the mean cost."""
     start, step = _optax_step(problem)
-    examples, batches = _on_device(problem)
+    examples, batches = on_device(problem)
 
     @jax.jit
     def epoch(state: Any, examples: Any, batches: jax.Array) -> Any:

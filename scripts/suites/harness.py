@@ -47,6 +47,8 @@ class Contender(NamedTuple):
     """What is computed, where the contenders of a suite do not all compute the same."""
     baseline: tuple[str, str] | None = None
     """Name and question of the contender that the ratio is to; None: the first of the suite."""
+    units: int = 1
+    """How many pieces of work it does at once, such as the runs of a sweep: times are per piece."""
 
 
 class Suite(NamedTuple):
@@ -173,8 +175,9 @@ def _run_once(run: Run, timing: Timing) -> object:
     start, cpu_start = time.perf_counter(), _cpu_seconds()
     result = jax.block_until_ready(run())
     _wait_for_torch()
-    timing.seconds.append(time.perf_counter() - start)
-    timing.cpu_seconds.append(_cpu_seconds() - cpu_start)
+    units = timing.contender.units
+    timing.seconds.append((time.perf_counter() - start) / units)
+    timing.cpu_seconds.append((_cpu_seconds() - cpu_start) / units)
     return result
 
 
