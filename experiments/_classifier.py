@@ -27,6 +27,9 @@ _CHUNK_SIZE = 2048  # examples that an evaluation looks at together: bounds its 
 DrawEpoch = Callable[[Array, Array, int, int], Array]
 """From the key of a seed, the number of an epoch, n and the batch size to its mini-batches."""
 
+MakeEpoch = Callable[..., Callable[[sj.TrainState, int], tuple[sj.TrainState, Array]]]
+"""From the batch size and, unless it is `draw_reshuffled`, a `DrawEpoch` to an epoch."""
+
 
 def draw_reshuffled(key: Array, number: Array, n: int, batch_size: int) -> Array:
     """Returns the mini-batches of an epoch in a new random order, the short last one too."""
@@ -41,10 +44,10 @@ class Programs(NamedTuple):
 
     init: Callable[[], sj.TrainState]
     """The states before the first step."""
-    make_epoch: Callable[[int], Callable[[sj.TrainState, int], tuple[sj.TrainState, Array]]]
+    make_epoch: MakeEpoch
     """From the batch size to an epoch, compiled once for each size: from the states and the number
     of the epoch to the states after it and the cost of each mini-batch, (num_seeds, steps). The
-    states given are used up."""
+    states given are used up. What draws the mini-batches may be given, too."""
     evaluate: Callable[[Params], dict[str, Any]]
     """From params to what is measured: Python numbers by name, lists of them for several seeds."""
 
@@ -59,7 +62,6 @@ def make_programs(
     seeds: range,
     dtype: jax.typing.DTypeLike,
     parts: Sequence[str] = PARTS,
-    draw_epoch: DrawEpoch = draw_reshuffled,
     first_batch_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> Programs:
@@ -77,9 +79,8 @@ def make_programs(
     weight decay, and `dead_classes_test`, the number of classes in the test set of whose examples
     fewer than one in ten are right: the mark of an output neuron that died, or has yet to wake.
 
-    ``parts`` are those measured, if not all three; ``draw_epoch`` makes the mini-batches of an
-    epoch from the key of a seed, the number of the epoch and the batch size. The devices of
-    ``mesh`` share each mini-batch and what is measured; each holds all the data and all the state.
+    ``parts`` are those measured, if not all three. The devices of ``mesh`` share each mini-batch
+    and what is measured; each holds all the data and all the state.
     """
     fun, output = example_functions(cost, dataset.num_classes, dataset.scale, dtype)
     epoch = sj.make_epoch(fun, optimizer, mesh=mesh)
@@ -92,7 +93,12 @@ def make_programs(
     numbers, init_all = make_init(optimizer, sizes=sizes, init=init, seeds=seeds, dtype=dtype)
 
     def train(
-        batch_size: int, state: sj.TrainState, numbers: Array, number: Array, examples: Examples
+        batch_size: int,
+        draw_epoch: DrawEpoch,
+        state: sj.TrainState,
+        numbers: Array,
+        number: Array,
+        examples: Examples,
     ) -> tuple[sj.TrainState, Array]:
         def train_one(state: sj.TrainState, seed: Array) -> tuple[sj.TrainState, Array]:
             batches = draw_epoch(_split_seed(seed)[1], number, n, batch_size)
@@ -133,21 +139,22 @@ def make_programs(
         jax.eval_shape(init_all, numbers),
     )
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    train_fn = jax.jit(train, static_argnums=0, donate_argnums=1, out_shardings=whole)
+    train_fn = jax.jit(train, static_argnums=(0, 1), donate_argnums=2, out_shardings=whole)
 
     @functools.cache
-    def compile_epoch(batch_size: int) -> Future[jax.stages.Compiled]:
-        return pool.submit(train_fn.lower(batch_size, state, numbers, number, train_data).compile)
+    def compile_epoch(batch_size: int, draw_epoch: DrawEpoch) -> Future[jax.stages.Compiled]:
+        lowered = train_fn.lower(batch_size, draw_epoch, state, numbers, number, train_data)
+        return pool.submit(lowered.compile)
 
     if first_batch_size is not None:
-        compile_epoch(first_batch_size)
+        compile_epoch(first_batch_size, draw_reshuffled)
     measure_lowered = jax.jit(norms, out_shardings=whole).lower(state.params, data)
     measure_fn = pool.submit(measure_lowered.compile)
 
     def make_epoch(
-        batch_size: int,
+        batch_size: int, draw_epoch: DrawEpoch = draw_reshuffled
     ) -> Callable[[sj.TrainState, int], tuple[sj.TrainState, Array]]:
-        compiled = compile_epoch(batch_size).result()
+        compiled = compile_epoch(batch_size, draw_epoch).result()
         return lambda state, number: compiled(state, numbers, np.int32(number), train_data)
 
     sizes_of_classes = {

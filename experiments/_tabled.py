@@ -112,6 +112,20 @@ def take(given: dict[str, Any], kind: Any) -> dict[str, Any]:
     return {f.name: given.pop(f.name) for f in dataclasses.fields(kind) if f.name in given}
 
 
+def whole_numbers(name: str) -> Callable[[tuple[str, ...]], tuple[int, ...]]:
+    """Returns what parses a list of whole numbers given for the setting ``name``."""
+
+    def parse(words: tuple[str, ...]) -> tuple[int, ...]:
+        try:
+            return tuple(int(word) for word in words)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} is {','.join(words)!r}; expected whole numbers with commas between"
+            ) from error
+
+    return parse
+
+
 class Opened(NamedTuple):
     """Checked settings and data, and a folder made for the answer."""
 
@@ -151,7 +165,12 @@ def read_settings(
 
 
 def open_folder(
-    name: str, config: Any, given: Mapping[str, Any], output: Output, source: str
+    name: str,
+    config: Any,
+    given: Mapping[str, Any],
+    output: Output,
+    source: str,
+    check: Callable[[Config, data.Dataset], None] = lambda training, dataset: None,
 ) -> Opened:
     """Loads the data, checks the settings of training against them, and makes the run folder.
 
@@ -161,8 +180,11 @@ def open_folder(
       given: Settings of training.
       output: Where the folder goes.
       source: File of the program.
+      check: Called with the settings of training and the data, before the folder is made; raises
+        ValueError where the experiment's own settings do not fit them.
     """
     training, dataset = _starting_point.prepare(dict(given))
+    check(training, dataset)
     settings = {**dataclasses.asdict(training), name: dataclasses.asdict(config)}
     return Opened(
         training, dataset, *_recorded.open_folder(output, settings, dataset, None, source)

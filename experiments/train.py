@@ -52,7 +52,6 @@ def run(
     restore: Callable[[sj.TrainState], runs.Snapshot | None] = lambda state: None,
     on_epoch: Callable[[sj.TrainState, runs.Record], None] = lambda state, record: None,
     parts: Sequence[str] = _classifier.PARTS,
-    draw_epoch: _classifier.DrawEpoch = _classifier.draw_reshuffled,
 ) -> Result:
     """Trains, measuring before the first epoch and after each.
 
@@ -73,7 +72,6 @@ def run(
       on_epoch: Called with state and record of each epoch, the first included unless restored. The
         next epoch uses the state up: copy what is to be kept.
       parts: Of the data set, on which it is measured.
-      draw_epoch: Makes the mini-batches of an epoch; see `_classifier.make_programs`.
 
     Raises:
       ValueError: the settings do not fit the data, or float64 is wanted and not enabled.
@@ -97,7 +95,6 @@ def run(
         seeds=seeds,
         dtype=np.dtype(config.dtype),
         parts=parts,
-        draw_epoch=draw_epoch,
         first_batch_size=(config.batch_size or n) if config.epochs else None,
         mesh=mesh,
     )

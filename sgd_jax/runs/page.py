@@ -129,8 +129,9 @@ def _sections(sections: Mapping[str, str], level: int) -> list[str]:
 
 
 def _inline(match: re.Match[str]) -> str:
-    picture = Path(html.unescape(match[0])).read_bytes()
-    return f"data:image/png;base64,{base64.b64encode(picture).decode('ascii')}"
+    path = Path(html.unescape(match[0]))
+    kind = path.suffix.removeprefix(".")
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
 def _write_document(path: Path, title: str, body: Sequence[str]) -> None:
@@ -146,7 +147,7 @@ def _write_document(path: Path, title: str, body: Sequence[str]) -> None:
 
 
 def html_figure(figure: Path, description: str, caption: str = "") -> str:
-    """Returns a PNG file as HTML for `write_page`, which then holds the picture itself.
+    """Returns a PNG or GIF file as HTML for `write_page`, which then holds the picture itself.
 
     Args:
       figure: The file.

@@ -1,0 +1,345 @@
+"""The experiments of the gallery: each smoke run leaves what it says, and the mathematics holds."""
+
+import csv
+import functools
+import itertools
+import json
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from absl import flags
+from PIL import Image
+
+import sgd_jax as sj
+from experiments import (
+    _classifier,
+    _starting_point,
+    directions,
+    landscape,
+    nielsen,
+    reshuffling,
+    samplers,
+)
+from sgd_jax import sampling
+from sgd_jax.data import Examples
+
+N = 200  # training examples of the digits with --smoke
+
+
+def call(program, *arguments):
+    """Runs a program in this process on few digits and returns its exit code."""
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["program", "--smoke", *arguments])
+    try:
+        return program.main()
+    except SystemExit as leaving:
+        return leaving.code
+
+
+def smoke(program, folder, *arguments):
+    """Returns the run folder of a smoke run, after checks of what every run leaves."""
+    assert call(program, f"--out_dir={folder}", "--run_name=one", *arguments) == 0
+    run = folder / "one"
+    assert json.loads((run / "summary.json").read_text())["status"] == "complete"
+    report = (run / "report.html").read_text()
+    pictures = sorted((run / "figures").iterdir())
+    assert report.count("data:image/") == len(pictures) > 0
+    assert "http://" not in report
+    assert "https://" not in report
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert min(image.size) > 300
+            assert len(np.unique(np.asarray(image.convert("L")))) > 10  # it is not empty
+    return run
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(rows, name):
+    return np.array([float(row[name]) for row in rows])
+
+
+# nielsen
+
+
+def test_the_chapter_is_trained_and_its_rows_are_what_the_curves_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(nielsen, "CHAPTER", (nielsen.CHAPTER[3], nielsen.CHAPTER[4]))
+    run = smoke(nielsen, tmp_path, "--num_seeds=3")
+    rows, curves = table(run / "table.csv"), table(run / "curves.csv")
+    assert [row["network"] for row in rows] == ["64-30-10", "64-10"]
+    assert set(rows[0]) == {column.name for column in nielsen.TABLE.columns}
+    for row in rows:
+        own = [curve for curve in curves if curve["network"] == row["network"]]
+        assert [curve["epoch"] for curve in own] == ["0", "1", "2"]
+        best = [column(own, f"seed_{seed}").max() for seed in range(3)]
+        assert float(row["median"]) == pytest.approx(statistics.median(best))
+        assert float(row["best_of_three"]) == pytest.approx(max(best))
+        assert row["printed"] == ""  # these are digits, and the book's are of MNIST
+        assert int(row["num_stuck"]) <= int(row["num_seeds"]) == 3
+    assert int(rows[0]["num_stuck"]) == 3  # η = 100 learns nothing
+
+
+def test_the_best_of_three_is_the_mean_over_all_triples():
+    assert nielsen.best_of_three(np.array([1.0, 2.0])) is None
+    values = np.array([5.0, 1.0, 3.0, 2.0])
+    triples = [(5, 1, 3), (5, 1, 2), (5, 3, 2), (1, 3, 2)]
+    assert nielsen.best_of_three(values) == pytest.approx(np.mean([max(t) for t in triples]))
+
+
+def test_the_printed_numbers_agree_with_each_other():
+    for printed in nielsen.CHAPTER:
+        if printed.right:
+            assert printed.best == max(printed.right.values()) / 10_000
+
+
+# reshuffling
+
+
+@pytest.mark.slow
+def test_walks_follow_the_closed_forms_and_reject_those_of_other_orders(tmp_path):
+    few = ("--num_targets=8", "--num_walks=3000", "--num_rounds=6", "--epochs=1", "--num_seeds=2")
+    run = smoke(reshuffling, tmp_path, *few)
+    rows = table(run / "quadratic.csv")
+    drawn = [row for row in rows if row["standard_error"]]
+    assert {row["order"] for row in drawn} == {"with_replacement", "reshuffling", "fixed_order"}
+    laws = {(row["order"], row["rate"]): float(row["predicted"]) for row in rows}
+    for row in drawn:
+        measured, error = float(row["measured"]), float(row["standard_error"])
+        assert abs(measured - float(row["predicted"])) < 5 * error, row
+        if row["order"] == "reshuffling" and 0.05 <= float(row["rate"]) <= 0.2:
+            assert abs(measured - laws["with_replacement", row["rate"]]) > 5 * error
+    for row in rows:
+        if not row["standard_error"]:
+            assert float(row["ratio"]) == pytest.approx(1, abs=1e-4)  # walked in float32 or more
+    network = table(run / "network.csv")
+    assert {row["order"] for row in network} == set(reshuffling.ORDERS)
+    assert float(network[0]["cost_ratio"]) == 1
+
+
+def test_a_given_order_is_predicted_at_every_step():
+    targets = np.array([1.0, -2.0, 0.5, 0.5])
+    for order, given in (("cyclic", targets), ("sorted", np.sort(targets))):
+        x = reshuffling._START
+        for epoch, (step, target) in itertools.product(range(3), enumerate(given)):
+            law = reshuffling.predict(order, 0.3, targets, epoch, step)
+            assert law == pytest.approx(x**2), (order, epoch, step)
+            x -= 0.3 * (x - target)
+
+
+def test_orders_of_an_epoch_are_what_they_are_called():
+    labels = np.array([2, 0, 1, 0, 2, 1, 0])
+    draw = functools.partial(reshuffling._draw_epoch, labels=labels, n=7, batch_size=2)
+
+    def epochs(order):
+        return [np.asarray(draw(order, key=jax.random.key(0), number=e)).ravel() for e in (0, 1)]
+
+    for order in ("reshuffling", "fixed_order", "cyclic", "sorted"):
+        for batches in epochs(order):
+            assert sorted(batches.tolist()) == [-1, *range(7)]
+    for order, is_same in (("reshuffling", False), ("fixed_order", True), ("cyclic", True)):
+        first, second = epochs(order)
+        assert (first.tolist() == second.tolist()) == is_same
+    assert epochs("cyclic")[0].tolist() == [*range(7), -1]
+    assert labels[epochs("sorted")[0][:-1]].tolist() == sorted(labels)
+    replaced = epochs("with_replacement")
+    assert replaced[0].tolist() != replaced[1].tolist()
+    assert min(replaced[0]) >= 0
+
+
+# directions
+
+
+@pytest.fixture(scope="module")
+def regression():
+    """A linear regression, where the change of the cost is of second order exactly."""
+    random = np.random.default_rng(0)
+    examples = Examples(jnp.asarray(random.normal(size=(6, 3))), jnp.asarray(random.normal(size=6)))
+
+    def fun(w, example):
+        return sj.quadratic_cost(w @ example.inputs, example.labels)
+
+    return fun, jnp.asarray([1.0, -2.0, 0.5]), examples
+
+
+def test_the_change_of_a_quadratic_is_as_expected_over_every_mini_batch(regression):
+    fun, w, examples = regression
+    config = directions.Config(num_probes=4000)
+    point = directions.look(fun, w, examples, 0, jax.random.key(1), config)
+    x, y = map(np.asarray, examples)
+    g = (x @ np.asarray(w) - y)[:, None] * x
+    mean, hessian = g.mean(axis=0), x.T @ x / 6
+    sigma = (g - mean).T @ (g - mean) / 6
+    assert point.squared_norm == pytest.approx(mean @ mean)
+    assert point.curvature == pytest.approx(mean @ hessian @ mean)
+    assert point.noise == pytest.approx(np.trace(hessian @ sigma), rel=0.05)
+
+    def cost(w):
+        return np.mean((x @ w - y) ** 2) / 2
+
+    changes = [
+        cost(np.asarray(w) - 0.2 * g[list(pair)].mean(axis=0)) - cost(np.asarray(w))
+        for pair in itertools.combinations(range(6), 2)
+    ]
+    noise = (6 - 2) / (6 - 1) * np.trace(hessian @ sigma) / 2
+    terms = directions.expected_change(0.2, mean @ mean, mean @ hessian @ mean, noise)
+    assert sum(terms) == pytest.approx(np.mean(changes))
+    assert sum(terms[:2]) != pytest.approx(np.mean(changes), rel=0.05)
+
+    steps = directions.take_steps(fun, w, examples, jax.random.key(2), 0.2, 2, 3000)
+    error = steps.change.std(ddof=1) / np.sqrt(3000)
+    assert abs(steps.change.mean() - np.mean(changes)) < 5 * error
+    cosines = [
+        g[list(pair)].mean(axis=0) @ mean for pair in itertools.combinations(range(6), 2)
+    ] / np.array(
+        [
+            np.linalg.norm(g[list(pair)].mean(axis=0)) * np.linalg.norm(mean)
+            for pair in itertools.combinations(range(6), 2)
+        ]
+    )
+    assert sorted(set(steps.cosine.round(9))) == sorted(set(cosines.round(9)))
+
+
+def test_steps_are_measured_along_the_training(tmp_path):
+    run = smoke(directions, tmp_path, "--sizes_compared=10,200", "--epochs=1")
+    rows = table(run / "table.csv")
+    assert [(row["epoch"], row["batch_size"]) for row in rows] == [
+        (epoch, m) for epoch in "01" for m in ("10", "200")
+    ]
+    for row in rows:
+        terms = [float(row[name]) for name in ("descent", "bend", "noise")]
+        assert float(row["predicted"]) == pytest.approx(sum(terms))
+        if row["batch_size"] == str(N):
+            assert terms[2] == 0
+            assert float(row["mean_cosine"]) == pytest.approx(1, abs=1e-5)
+            assert float(row["best_of_sgd"]) == pytest.approx(float(row["best_of_full"]))
+    small = table(run / "learning_rates.csv")[0]  # so small that the first order decides
+    assert float(small["measured"]) == pytest.approx(float(small["descent"]), rel=0.4)
+
+
+def test_epochs_measured_begin_with_0_and_end_with_the_last():
+    assert directions.epochs_measured(0) == [0]
+    assert directions.epochs_measured(2) == [0, 1, 2]
+    many = directions.epochs_measured(30)
+    assert (many[0], many[1], many[-1]) == (0, 1, 30)
+    assert len(many) <= 10
+
+
+# landscape
+
+
+def test_the_plane_holds_what_the_two_largest_directions_hold():
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 3)))[0].T
+    first = np.array([[0, 0, 0], [3, 0, 0], [3, 2, 0.1]]) @ basis
+    second = np.array([[0, 0, 0], [3, -2, 0.1]]) @ basis
+    plane, share = landscape.principal_plane([first, second])
+    np.testing.assert_allclose(plane @ plane.T, np.eye(2), atol=1e-12)
+    on_plane = sum(np.sum((part @ plane.T) ** 2) for part in (first, second))
+    assert share == pytest.approx(on_plane / sum(np.sum(part**2) for part in (first, second)))
+    assert 0.999 < share < 1
+    assert (first[-1] @ plane.T > 0).all()
+
+
+def test_sgd_walks_as_an_epoch_does_and_gradient_descent_takes_all_examples():
+    _, dataset = _starting_point.prepare({"smoke": True, "dtype": "float64"})
+    fun, _ = _classifier.example_functions("quadratic", 10, dataset.scale, np.float64)
+    examples = _classifier.to_device(dataset.train, np.float64)
+    start = sj.init_network(jax.random.key(0), (64, 4, 10), "scaled", jnp.float64)
+    batches = np.asarray(sampling.epoch(jax.random.key(1), N, 20))
+    steps = np.array([0, 3, 10])
+    for order, rows in ((batches, batches), (None, np.tile(np.arange(N), (10, 1)))):
+        walk = landscape._walk(fun, 0.5, start, examples, order, steps)
+        state = sj.init_state(start, sj.sgd(0.5))
+        state, _ = sj.make_epoch(fun, sj.sgd(0.5))(state, examples, jnp.asarray(rows))
+        end = jax.flatten_util.ravel_pytree(state.params)[0]
+        np.testing.assert_allclose(walk[-1], end, rtol=1e-9, atol=1e-12)
+        np.testing.assert_array_equal(walk[0], jax.flatten_util.ravel_pytree(start)[0])
+
+
+def test_both_paths_are_shown_and_animated_on_one_plane(tmp_path):
+    run = smoke(landscape, tmp_path, "--epochs=1")
+    rows = table(run / "table.csv")
+    assert [row["step"] for row in rows] == ["0", "5", "20"]
+    assert column(rows, "gradients_sgd").tolist() == [0, 50, 200]
+    assert column(rows, "gradients_full").tolist() == [0, 1000, 4000]
+    assert (column(rows, "x_sgd")[0], column(rows, "y_full")[0]) == (0, 0)
+    assert rows[0]["cost_sgd"] == rows[0]["cost_full"]
+    length = np.hypot(column(rows, "x_sgd"), column(rows, "y_sgd"))
+    assert (length <= column(rows, "travelled") + 1e-4).all()
+    with Image.open(run / "figures" / "landscape.gif") as animation:
+        assert animation.n_frames == 3
+    assert "data:image/gif;base64," in (run / "report.html").read_text()
+    assert len(table(run / "plane.csv")) == 7 * 7
+
+
+# samplers
+
+
+@pytest.mark.slow
+def test_every_sampler_is_trained_and_pays_for_all_its_gradients(tmp_path):
+    run = smoke(samplers, tmp_path, "--epochs=6", "--num_seeds=2", "--sizes=64,5,10")
+    rows = {row["sampler"]: row for row in table(run / "training.csv")}
+    assert list(rows) == list(samplers.SAMPLERS)
+    for name, steps in (("uniform", 120), ("stratified", 120), ("importance", 60), ("svrg", 40)):
+        assert int(rows[name]["num_steps"]) == steps
+        assert int(rows[name]["num_gradients"]) == 6 * N
+    variance = table(run / "variance.csv")
+    assert len(variance) == 6
+    np.testing.assert_allclose(column(variance, "error_uniform"), (N - 10) / (N - 1), rtol=1e-4)
+    for name, passes in (("stratified", 1), ("importance", 2), ("svrg", 3)):
+        worth = column(variance, "error_uniform") / column(variance, f"error_{name}") / passes
+        np.testing.assert_allclose(column(variance, f"worth_{name}"), worth, rtol=1e-6)
+
+
+def test_gradients_of_a_round_are_counted_one_by_one():
+    for name, before, each in (
+        ("uniform", 0, 10),
+        ("stratified", 0, 10),
+        ("importance", 203, 10),
+        ("svrg", 203, 20),
+    ):
+        assert samplers.gradients_of_round(name, 203, 10) == before + 20 * each
+
+
+def test_the_least_cost_of_the_convex_problem_is_that_of_another_solver():
+    training, dataset = _starting_point.prepare({"smoke": True, "dtype": "float64"})
+    problem = samplers.make_problem("convex", samplers.Config(l2=0.1), training, dataset)
+    examples = _classifier.to_device(dataset.train, np.float64)
+    zeros, unravel = jax.flatten_util.ravel_pytree(
+        sj.init_network(jax.random.key(0), problem.sizes, "scaled", jnp.float64)
+    )
+    value_and_grad = jax.jit(
+        jax.value_and_grad(lambda v: sj.mean_cost(problem.fun)(unravel(v), examples))
+    )
+    found = scipy.optimize.minimize(value_and_grad, zeros, jac=True, method="L-BFGS-B")
+    assert samplers.least_cost(problem, examples, np.float64) == pytest.approx(found.fun, rel=1e-5)
+
+
+# all
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (nielsen, ["--sizes=64,10"], "--sizes means nothing to this program"),
+        (reshuffling, ["--num_walks=1"], "num_walks is 1; expected a whole number of at least 2"),
+        (directions, ["--sizes_compared=ten"], "sizes_compared is 'ten'; expected whole numbers"),
+        (directions, ["--sizes_compared=201"], "sizes_compared holds 201; expected at most 200"),
+        (directions, ["--num_steps=1"], "num_steps is 1; expected a whole number of at least 2"),
+        (landscape, ["--epochs=0"], "epochs is 0; expected at least 1"),
+        (landscape, ["--grid=1"], "grid is 1; expected a whole number of at least 2"),
+        (samplers, ["--problems=hard"], "problems is ('hard',); expected any of convex, network"),
+        (samplers, ["--batch_size=9"], "batch_size is 9; expected at least 10"),
+        (samplers, ["--uniform_share=0"], "uniform_share is 0.0; expected a number above 0"),
+    ],
+)
+def test_bad_input_is_told_before_any_work(program, arguments, message, tmp_path, capsys):
+    assert call(program, f"--out_dir={tmp_path}", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
