@@ -17,7 +17,9 @@ import sgd_jax as sj
 from experiments import __main__ as command
 
 ROOT = pathlib.Path(__file__).parent.parent
-NAMED_IN_THE_ISSUE = {"train": "train", "compare": "compare_gradients", "noise": "noise_scale"}
+SHORT = {"compare": "compare_gradients", "noise": "noise_scale"} | {
+    name: name for name in ("train", "sweep", "report")
+}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def test_every_program_asks_a_question_and_has_a_main():
         assert callable(module.main)
 
 
-@pytest.mark.parametrize(("word", "program"), NAMED_IN_THE_ISSUE.items())
+@pytest.mark.parametrize(("word", "program"), SHORT.items())
 def test_the_beginning_of_a_name_is_enough(word, program):
     assert command.find_program(word) == program
     assert command.find_program(program.replace("_", "-")) == program

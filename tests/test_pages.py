@@ -50,7 +50,14 @@ def is_close(a, b):
     return abs(a - b) <= max(unit * 1.001 if unit < 1 else 0, TOLERANCE * abs(b))
 
 
-@pytest.mark.parametrize("page", list(filter(has_code, PAGES)), ids=name_of)
+def code_pages():
+    slow = {"docs/tutorial.md", "docs/how_to/model.md"}
+    for page in filter(has_code, PAGES):
+        marks = [pytest.mark.slow] if name_of(page) in slow else []
+        yield pytest.param(page, marks=marks, id=name_of(page))
+
+
+@pytest.mark.parametrize("page", list(code_pages()))
 def test_the_code_of_a_page_runs_and_prints_what_stands_below_it(page):
     names, printed = {}, io.StringIO()
     with (
