@@ -514,6 +514,15 @@ def test_a_report_can_be_read_back_and_written_again_with_the_pictures_as_they_a
     assert held(folder.figure_path) in folder.report_path.read_text(encoding="utf-8")
 
 
+def test_a_moving_picture_is_held_as_what_it_is(tmp_path):
+    for name in ("a.gif", "b.png"):
+        (tmp_path / name).write_bytes(b"picture")
+    both = "".join(runs.html_figure(tmp_path / name, name) for name in ("a.gif", "b.png"))
+    runs.write_page(tmp_path / "report.html", "Pictures", {"": both})
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert text.count("data:image/gif;base64,") == text.count("data:image/png;base64,") == 1
+
+
 def test_reports_of_a_folder_that_was_moved_still_find_their_pictures(write_report, tmp_path):
     folder = write_report("a")
     before = folder.report_path.read_bytes()
