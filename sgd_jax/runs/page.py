@@ -3,7 +3,6 @@
 import base64
 import html
 import json
-import mimetypes
 import os
 import re
 from collections.abc import Mapping, Sequence
