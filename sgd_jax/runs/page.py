@@ -34,7 +34,8 @@ th, td { padding: .2rem .9rem .2rem 0; text-align: right; border-bottom: 1px sol
 th { font-weight: 600; white-space: nowrap; }
 .pairs { width: 100%; table-layout: fixed; } .pairs th, .pairs td { text-align: left;
   vertical-align: top; font-weight: normal; white-space: normal; overflow-wrap: anywhere; }
-.pairs th { color: var(--faint); width: clamp(8rem, 40%, 18rem); }
+.pairs th { color: var(--faint); width: 45%; }
+@media (min-width: 40rem) { .pairs th { width: 18rem; } }
 @media print { .wide { overflow: visible; } img { min-width: 0; } }
 """
 _IMAGE = re.compile(r'(?<=<img src=")[^"]*')  # of what html_figure writes; other text is escaped
