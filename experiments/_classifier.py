@@ -134,10 +134,9 @@ def make_programs(
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     init_lowered = jax.jit(init_all, out_shardings=whole).lower(numbers)
     init_fn = pool.submit(init_lowered.compile, options)
-    state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-        jax.eval_shape(init_all, numbers),
-    )
+    state = jax.eval_shape(init_all, numbers)
+    if mesh is not None:
+        state = sharding.like_replicated(state, mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     train_fn = jax.jit(train, static_argnums=(0, 1), donate_argnums=2, out_shardings=whole)
 

@@ -60,6 +60,10 @@ def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str 
         except KeyboardInterrupt as error:
             print(f"error: {error or 'interrupted'}", file=sys.stderr)
             code = _signals.exit_code(error)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            _processes.leave_the_lost(error)
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from experiments._starting_point import StartingPoint
-from sgd_jax import sampling
+from sgd_jax import sampling, sharding
+from sgd_jax._chunks import vary_like
 from sgd_jax._tree import tree_dot
 from sgd_jax._typing import Array, CostFn, Params
 from sgd_jax.allocation import neyman_allocation, optimal_probabilities, proportional_allocation
@@ -60,7 +62,9 @@ def make_schemes(point: StartingPoint, floor: float) -> Mapping[str, Callable[[]
         return Target(fun, params, moments)
 
     def all_moments() -> GradientMoments:
-        return gradient_moments(fun, params, examples, chunk_size=_CHUNK_SIZE, keep_norms=True)
+        return gradient_moments(
+            fun, params, examples, chunk_size=_CHUNK_SIZE, keep_norms=True, mesh=point.mesh
+        )
 
     def uniform(name: str) -> Scheme:
         moments = all_moments()
@@ -80,6 +84,7 @@ def make_schemes(point: StartingPoint, floor: float) -> Mapping[str, Callable[[]
             chunk_size=_CHUNK_SIZE,
             strata=jnp.asarray(point.labels),
             num_strata=point.num_classes,
+            mesh=point.mesh,
         )
         counts, traces = np.asarray(moments.count), np.asarray(moments.trace)
         labels = jnp.asarray(point.labels)
@@ -105,7 +110,9 @@ def make_schemes(point: StartingPoint, floor: float) -> Mapping[str, Callable[[]
     def control_variate() -> Scheme:
         offset = jax.tree.map(jnp.zeros_like, params)
         changed = difference(fun, params, point.anchor)
-        moments = gradient_moments(changed, offset, examples, chunk_size=_CHUNK_SIZE)
+        moments = gradient_moments(
+            changed, offset, examples, chunk_size=_CHUNK_SIZE, mesh=point.mesh
+        )
 
         def at(m: int) -> tuple[Callable[[Array], Sample], Array]:
             predicted = expected_squared_error(moments, m, "without_replacement")
@@ -153,6 +160,7 @@ def measure(
     draw: Callable[[Array], Sample],
     key: Array,
     num_draws: int,
+    mesh: Mesh | None = None,
 ) -> Errors:
     """Draws samples and measures their errors, exactly: ‖Gᵀc − G‖² for the weights c of each.
 
@@ -167,6 +175,7 @@ def measure(
       draw: From a key to a sample.
       key: Decides the samples.
       num_draws: How many.
+      mesh: Devices that share the samples; None is one device.
     """
     size = jax.eval_shape(draw, key).indices.shape[0]
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(target.params))
@@ -180,7 +189,13 @@ def measure(
         samples = jax.block_until_ready(draw_block(block_keys))
         seconds += time.perf_counter() - start
         found = _errors(
-            target.fun, target.params, target.moments.mean, full_gradient, examples, samples
+            target.fun,
+            target.params,
+            target.moments.mean,
+            full_gradient,
+            examples,
+            samples,
+            mesh=mesh,
         )
         errors.append([np.asarray(values, np.float64) for values in found])
     squared_error, inner = (np.concatenate(part)[:num_draws] for part in zip(*errors, strict=True))
@@ -191,11 +206,35 @@ def _is_large(size: int, examples: Examples) -> bool:
     return 4 * size >= len(examples.labels)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="mesh")
 def _errors(
+    fun: CostFn,
+    params: Params,
+    mean: Params,
+    full: Params,
+    examples: Examples,
+    samples: Sample,
+    *,
+    mesh: Mesh | None,
+) -> tuple[Array, Array]:
+    """‖ĝ − mean‖² and ⟨ĝ − mean, full⟩ of each sample of a block; devices share the samples."""
+    if mesh is None:
+        return _errors_of_samples(fun, params, mean, full, examples, samples)
+
+    def local(shared: Any, samples: Sample, _: Array) -> tuple[Array, Array]:
+        params, mean, full, examples = vary_like(samples, shared)
+        return _errors_of_samples(fun, params, mean, full, examples, samples)
+
+    shared = (params, mean, full, examples)
+    cut = PartitionSpec(sharding.DATA_AXIS)
+    errors = sharding.on_each_shard(local, mesh, shared, samples, cut)
+    num_samples = samples.indices.shape[0]
+    return sharding.replicate(jax.tree.map(lambda values: values[:num_samples], errors), mesh)
+
+
+def _errors_of_samples(
     fun: CostFn, params: Params, mean: Params, full: Params, examples: Examples, samples: Sample
 ) -> tuple[Array, Array]:
-    """‖ĝ − mean‖² and ⟨ĝ − mean, full⟩ of each sample of a block."""
     if _is_large(samples.indices.shape[1], examples):
         grads = per_example_grad(fun, chunk_size=_CHUNK_SIZE)(params, examples)
         n = len(examples.labels)

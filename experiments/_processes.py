@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
@@ -90,3 +90,15 @@ def make_mesh(given: dict[str, Any]) -> Mesh | None:
             f"num_devices is {number}; expected 1 to {available}, the devices of this process"
         )
     return sharding.data_mesh(jax.devices()[:number]) if (number or 1) > 1 else None
+
+
+def leave_the_lost(error: Exception) -> NoReturn:
+    """Says that another process is lost, and ends this one without waiting for it."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    print(
+        f"error: process {jax.process_index()} has lost another process of this run ({reason:.200}). "
+        "What was saved is kept: start all again, a run of experiments.train with --resume",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)

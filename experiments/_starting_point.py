@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments import _classifier, _recorded, train
 from experiments._config import Config, load, make_optimizer, read_config, resolve
 from experiments._recorded import Output
-from sgd_jax import data, runs
+from sgd_jax import data, processes, runs, sharding
 from sgd_jax._typing import CostFn, Params
 from sgd_jax.data import Examples
 
@@ -30,12 +31,14 @@ class StartingPoint(NamedTuple):
     """Their classes, numbered without gaps: (n,) int32."""
     num_classes: int
     """How many classes there are in ``labels``."""
+    mesh: Mesh | None
+    """Devices that all of this lies on; None is one device."""
     description: str
     """Such as "digits, 64-30-10, after 5 epochs"."""
 
 
 def read_run(
-    path: str, given: dict[str, Any], output: Output
+    path: str, given: dict[str, Any], output: Output, mesh: Mesh | None = None
 ) -> tuple[Config, data.Dataset, jax.Array]:
     """Returns settings, data and params of a run of `experiments.train` at its last checkpoint.
 
@@ -44,6 +47,7 @@ def read_run(
       given: Settings of `Config` that the command line names; they must be those of the run, but
         for ``data_dir``. ``seed`` says which of its seeds.
       output: Of the program that asks.
+      mesh: Devices that params are to lie on; None is one device.
 
     Raises:
       FileNotFoundError: there is no such run, or it has no checkpoint.
@@ -72,7 +76,7 @@ def read_run(
     kept = {name: value for name, value in given.items() if name != "seed"}
     config = Config(**_recorded.merge_settings(before, kept, frozenset({"data_dir"}), flag="run"))
     _enable(config)
-    dataset = load(config)
+    dataset = processes.in_all(lambda: load(config))
     if stored["data_sha256"] != _recorded.digest_of(dataset):
         raise ValueError(
             f"dataset {dataset.name} holds other data than when {folder.path} was trained; "
@@ -85,7 +89,10 @@ def read_run(
         seeds=seeds,
         dtype=np.dtype(config.dtype),
     )
-    snapshot = runs.read_checkpoint(folder.checkpoints_path, jax.eval_shape(init_all, numbers))
+    like = jax.eval_shape(init_all, numbers)
+    if mesh is not None:
+        like = sharding.like_replicated(like, mesh)
+    snapshot = runs.read_checkpoint(folder.checkpoints_path, like)
     params = jax.tree.map(lambda leaf: leaf[seed - seeds.start], snapshot.state.params)
     return (
         dataclasses.replace(config, epochs=snapshot.epoch, seed=seed, num_seeds=1),
@@ -98,7 +105,7 @@ def prepare(given: dict[str, Any]) -> tuple[Config, data.Dataset]:
     """Returns checked settings and their data, for a network that is yet to be trained."""
     config = Config(**given)
     _enable(config)
-    dataset = load(config)
+    dataset = processes.in_all(lambda: load(config))
     return resolve(config, dataset), dataset
 
 
@@ -107,6 +114,7 @@ def find_point(
     dataset: data.Dataset,
     params: Params | None = None,
     on_epoch: Any = lambda state, record: None,
+    mesh: Mesh | None = None,
 ) -> StartingPoint:
     """Returns the network after ``config.epochs`` epochs, training it unless ``params`` are given.
 
@@ -115,6 +123,7 @@ def find_point(
       dataset: Its examples.
       params: The network, where it is there already.
       on_epoch: Called as `train.run` does.
+      mesh: Devices to compute on; None is one device.
     """
     fun, _ = _classifier.example_functions(
         config.cost, dataset.num_classes, dataset.scale, np.dtype(config.dtype)
@@ -128,7 +137,7 @@ def find_point(
                 anchor = jax.tree.map(lambda leaf: jnp.copy(leaf[0]), state.params)
             on_epoch(state, record)
 
-        state = train.run(config, dataset, on_epoch=keep_anchor).state
+        state = train.run(config, dataset, mesh=mesh, on_epoch=keep_anchor).state
         params = jax.tree.map(lambda leaf: leaf[0], state.params)
     classes, labels = np.unique(dataset.train.labels, return_inverse=True)
     net = "-".join(map(str, config.sizes or ()))
@@ -139,9 +148,10 @@ def find_point(
         params=params,
         anchor=anchor,
         fun=fun,
-        examples=_classifier.to_device(dataset.train, np.dtype(config.dtype)),
+        examples=_classifier.to_device(dataset.train, np.dtype(config.dtype), mesh),
         labels=labels.astype(np.int32),
         num_classes=len(classes),
+        mesh=mesh,
         description=f"{Path(dataset.name).stem}, {net}, {when}",
     )
 

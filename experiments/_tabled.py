@@ -17,7 +17,7 @@ from experiments._cli import HelpGroups
 from experiments._config import Config
 from experiments._console import TableDisplay
 from experiments._recorded import Output
-from sgd_jax import data, runs
+from sgd_jax import data, processes, runs
 
 Row = dict[str, Any]
 """A line of a table: values by name, None where there is none."""
@@ -160,7 +160,7 @@ def read_settings(
         if isinstance(value, list):
             own[name] = parse.get(name, tuple)(tuple(value))
     config = kind(**((dict(smoke) if given.get("smoke") else {}) | own))
-    _recorded.read_stored(output)
+    processes.from_first(lambda: _recorded.read_stored(output))
     return config, given, output
 
 
@@ -225,8 +225,11 @@ def record(
         try:
             answer = find(show)
         except ArithmeticError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if processes.is_first():
+                print(f"error: {error}", file=sys.stderr)
             return 1
+    if not processes.is_first():
+        return 0
     _write(folder, answer)
     for table, _ in answer.tables:
         if table.legend:

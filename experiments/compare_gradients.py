@@ -30,6 +30,7 @@ from experiments import (
     _cli,
     _comparison,
     _comparison_figures,
+    _processes,
     _recorded,
     _starting_point,
     _tabled,
@@ -147,7 +148,9 @@ def run(
             num_draws = max(config.num_draws, -(-config.min_drawn // m))
             if predicted <= 0:  # every draw is G itself, to rounding: two show it
                 num_draws = 2
-            errors = _comparison.measure(scheme.target, full, point.examples, draw, key, num_draws)
+            errors = _comparison.measure(
+                scheme.target, full, point.examples, draw, key, num_draws, point.mesh
+            )
             kind = m if name != "poisson" else jax.eval_shape(draw, key).indices.shape[0]
             if (kind, scheme.num_gradients) not in seconds:
                 seconds[kind, scheme.num_gradients] = _comparison.seconds_per_gradient(
@@ -219,7 +222,7 @@ _RUN = flags.DEFINE_string(
 GROUPS = _tabled.groups(
     {"Comparison": (_BATCH_SIZES, _SCHEMES, _NUM_DRAWS, _MIN_DRAWN, _FLOOR, _RUN)},
     "num_seeds",
-    shared=("Data", "Network", "Training", "Seeds", "Run folder"),
+    shared=("Data", "Network", "Training", "Seeds", _processes.HEADING, "Run folder"),
 )
 
 
@@ -229,13 +232,14 @@ def main() -> int:
         config, given, output = _tabled.read_settings(
             Config, GROUPS, _SMOKE, parse={"batch_sizes": _parse_batch_sizes}
         )
+        mesh = _processes.make_mesh(given)
         params = None
         if config.run is None:
             training, dataset = _starting_point.prepare({"epochs": _EPOCHS} | given)
         else:
             if not flags.FLAGS["epochs"].present:
                 given.pop("epochs", None)  # --smoke says how long to train, and nothing is trained
-            training, dataset, params = _starting_point.read_run(config.run, given, output)
+            training, dataset, params = _starting_point.read_run(config.run, given, output, mesh)
         has_anchor = params is None and training.epochs > 0
         n, num_classes = len(dataset.train.labels), len(np.unique(dataset.train.labels))
         config = resolve(config, n, num_classes, has_anchor)
@@ -243,7 +247,7 @@ def main() -> int:
         folder, notes = _recorded.open_folder(output, settings, dataset, None, __file__)
 
     def find(show: _tabled.Show) -> _tabled.Answer:
-        point = _starting_point.find_point(training, dataset, params)
+        point = _starting_point.find_point(training, dataset, params, mesh=mesh)
         result = run(config, point, training.seed, functools.partial(show, TABLE))
         runs.write_json(folder.path / "table.json", {"point": result.point, "rows": result.rows})
         return _tabled.Answer(

@@ -27,7 +27,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 import sgd_jax as sj
-from experiments import _cli, _recorded, _starting_point, _tabled, train
+from experiments import _cli, _processes, _recorded, _starting_point, _tabled, train
 from experiments._config import Config
 from experiments._tabled import Column, Table
 from sgd_jax import data, runs
@@ -59,7 +59,7 @@ _NUM_MEASURED = flags.DEFINE_integer(
 GROUPS = _tabled.groups(
     {"Noise scale": (_NUM_MEASURED,)},
     "num_seeds",
-    shared=("Data", "Network", "Training", "Seeds", "Run folder"),
+    shared=("Data", "Network", "Training", "Seeds", _processes.HEADING, "Run folder"),
 )
 
 
@@ -92,7 +92,7 @@ def run(config: Config, dataset: data.Dataset | None = None, **callbacks: Any) -
     Args:
       config: What to train; ``noise_examples`` says how many examples are measured.
       dataset: Of examples; by default what `load` returns.
-      **callbacks: As `train.run` takes them.
+      **callbacks: As `train.run` takes them, and its mesh.
 
     Raises:
       ValueError: more than one seed, or what `train.run` raises.
@@ -151,6 +151,7 @@ def main() -> int:
     """Reads the flags, trains and measures, leaves the run folder; returns the exit code."""
     with _cli.user_errors():
         own, given, output = _tabled.read_settings(Own, GROUPS, {})
+        mesh = _processes.make_mesh(given)
         config, dataset = _starting_point.prepare({"epochs": _EPOCHS} | given)
         n = len(dataset.train.labels)
         if own.num_measured > n:
@@ -169,7 +170,7 @@ def main() -> int:
             folder.append_metrics(record)
             show(table, record)
 
-        records = run(config, dataset, on_epoch=on_epoch)
+        records = run(config, dataset, mesh=mesh, on_epoch=on_epoch)
         title = f"Gradient noise scale in training: {folder.path.name}"
         last = records[-1]
         summary = {

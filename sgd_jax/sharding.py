@@ -83,6 +83,14 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: _put(leaf, everywhere), tree)
 
 
+def like_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Returns shapes and dtypes of a tree as `jax.ShapeDtypeStruct`, whole on every device."""
+    everywhere = NamedSharding(check_mesh(mesh), PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree
+    )
+
+
 def shard_examples(examples: Examples, mesh: Mesh, *, pad: bool = False) -> Examples:
     """Returns examples cut along the mesh axis ``"data"``: each device holds its share of rows.
 
