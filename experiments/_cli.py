@@ -60,15 +60,15 @@ def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str 
         except KeyboardInterrupt as error:
             print(f"error: {error or 'interrupted'}", file=sys.stderr)
             code = _signals.exit_code(error)
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
-                raise
-            _processes.leave_the_lost(error)
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
             print(f"error: {error}. What was written before is kept", file=sys.stderr)
             code = 1
+        except (RuntimeError, ValueError) as error:
+            if _processes.is_loss(error):
+                _processes.leave_the_lost(error)
+            raise
         if code > 128:  # an epoch may be under way, which Python would wait for
             sys.stdout.flush()
             sys.stderr.flush()

@@ -1,6 +1,7 @@
 """Several processes and devices for one run: their flags, and how the program joins them."""
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -92,12 +93,22 @@ def make_mesh(given: dict[str, Any]) -> Mesh | None:
     return sharding.data_mesh(jax.devices()[:number]) if (number or 1) > 1 else None
 
 
+_LOSS = re.compile(r"gloo|nccl|heartbeat|coordination|connection|preempt", re.IGNORECASE)
+"""What the errors say that JAX raises where another process does not answer."""
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether an error says that another process of this run is lost."""
+    return jax.process_count() > 1 and _LOSS.search(str(error)) is not None
+
+
 def leave_the_lost(error: Exception) -> NoReturn:
-    """Says that another process is lost, and ends this one without waiting for it."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    """Says that another process is lost, and ends this one: at its exit JAX would wait for all."""
+    reason = str(error).splitlines()[0]
     print(
-        f"error: process {jax.process_index()} has lost another process of this run ({reason:.200}). "
-        "What was saved is kept: start all again, a run of experiments.train with --resume",
+        f"error: process {jax.process_index()} has lost another process of its run "
+        f"({reason:.200}). What was saved is kept: start all processes again, with --resume where "
+        "they train",
         file=sys.stderr,
         flush=True,
     )
