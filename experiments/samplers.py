@@ -20,7 +20,7 @@ and report in a run folder.
 
 Expected of the first command, medians of 8 seeds after 60 passes, each at its best η. Convex: SVRG
 is 0.00008 above the least cost, stratified draws 0.011, uniform ones 0.018 and importance sampling
-0.025. From the third round on SVRG has 10 to 100 times less error than uniform draws at equal
+0.025. From the third round on SVRG has 10 to 130 times less error than uniform draws at equal
 gradients; stratified draws have 2.5 times less at no price at all; importance sampling never earns
 back its norms. Network: uniform draws are best, cost 0.0014 (0.0003 to 0.0021), then stratified
 0.0019, importance 0.0021 and SVRG 0.0139. Stratified draws have 3 times less error in the first
@@ -417,9 +417,7 @@ def draw(result: Result, description: str) -> Figure:
             label = f"{sampler}, η = {curve[0]['learning_rate']:g}"
             for axis, column in ((cost, "excess"), (norm, "squared_norm")):
                 axis.plot(x, [row[column] for row in curve], ".-", color=color, ms=4, label=label)
-        worth.set_title(
-            f"{name}: error of uniform draws over that of each, at equal gradients", fontsize=10.5
-        )
+        worth.set_title(f"{name}: error of uniform draws over each, equal gradients", fontsize=10)
         above = ", above the least there is" if name == "convex" else ""
         cost.set_title(f"{name}: mean training cost{above}", fontsize=10.5)
         norm.set_title(f"{name}: ‖∇C‖² of all examples", fontsize=10.5)
