@@ -18,12 +18,14 @@ import sgd_jax as sj
 from experiments import (
     _classifier,
     _starting_point,
+    critical_batch_size,
     directions,
     landscape,
     nielsen,
     reshuffling,
     samplers,
 )
+from experiments._config import Config
 from sgd_jax import sampling
 from sgd_jax.data import Examples
 
@@ -321,6 +323,69 @@ def test_the_least_cost_of_the_convex_problem_is_that_of_another_solver():
     assert samplers.least_cost(problem, examples, np.float64) == pytest.approx(found.fun, rel=1e-5)
 
 
+# critical_batch_size
+
+
+def test_the_fit_finds_the_trade_that_steps_were_made_from():
+    sizes = np.array([1, 4, 16, 64, 256, 1024])
+    exact = critical_batch_size.fit_trade(sizes, 50 * (1 + 30 / sizes))
+    for value, truth in zip(exact, (50, 1500, 30), strict=True):
+        np.testing.assert_allclose(value, truth, rtol=1e-3)
+    random = np.random.default_rng(0)
+    inside = 0
+    for _ in range(100):
+        noisy = 50 * (1 + 30 / sizes) * np.exp(0.1 * random.normal(size=6))
+        fit = critical_batch_size.fit_trade(sizes, noisy)
+        _, low, high = fit.critical
+        inside += low < 30 < high
+        s, e = 50 * (1 + 30 / sizes), sizes * 50 * (1 + 30 / sizes)
+        np.testing.assert_allclose((s / 50 - 1) * (e / 1500 - 1), 1)
+    assert 88 <= inside <= 100  # of intervals of 95 %
+
+
+def test_steps_to_the_target_are_counted_for_every_learning_rate_and_interpolated():
+    def fun(params, example):
+        return -params[0].biases[0] + 0 * example.inputs[0]  # a step adds η to the bias
+
+    training = Config(sizes=(1, 1), num_seeds=2, dtype="float64")
+    examples = Examples(jnp.zeros((4, 1)), jnp.zeros(4, jnp.int32))
+    first, _ = critical_batch_size._first(training, 1)
+
+    def measure(params):
+        return params[0].biases[..., 0] - first[0].biases[..., 0]
+
+    problem = critical_batch_size._Problem(fun, training, examples, measure)
+    steps = critical_batch_size._sweep(problem, 3, 4, 30, target=100.0)
+    for rate, reached in zip(critical_batch_size.RATES, steps.T, strict=True):
+        is_in_time = 100 / rate <= 8  # two segments: 4/3 of the first at which one is there
+        np.testing.assert_allclose(reached, 100 / rate if is_in_time else np.inf)
+    with pytest.raises(ArithmeticError, match="no learning rate brings every seed"):
+        critical_batch_size._sweep(problem, 3, 4, 30, target=1e6)
+
+
+def test_the_noise_scale_of_a_run_is_the_ratio_of_means():
+    rows = [{"trace": 1.0, "squared_norm": 1.0}, {"trace": 3.0, "squared_norm": -0.5}]
+    assert critical_batch_size.mean_noise_scale(rows) == 8.0
+
+
+@pytest.mark.slow
+def test_sizes_are_swept_and_set_beside_the_noise_scale(tmp_path):
+    run = smoke(critical_batch_size, tmp_path, "--num_seeds=2", "--sizes=64,5,10")
+    rows, noise = table(run / "table.csv"), table(run / "noise.csv")
+    assert column(rows, "batch_size").tolist() == [8, 16, 64]
+    np.testing.assert_allclose(
+        column(rows, "examples"), column(rows, "batch_size") * column(rows, "steps")
+    )
+    assert (column(rows, "steps_least") <= column(rows, "steps")).all()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["critical_batch_size_low"] < summary["critical_batch_size"]
+    law = summary["least_steps"] + summary["least_examples"] / column(rows, "batch_size")
+    np.testing.assert_allclose(column(rows, "steps_fitted"), law, rtol=1e-6)
+    assert float(noise[0]["accuracy"]) < 0.3
+    scale = column(noise, "trace").sum() / column(noise, "squared_norm").sum()
+    assert summary["noise_scale_of_run"] == pytest.approx(scale)
+
+
 # all
 
 
@@ -334,6 +399,9 @@ def test_the_least_cost_of_the_convex_problem_is_that_of_another_solver():
         (directions, ["--num_steps=1"], "num_steps is 1; expected a whole number of at least 2"),
         (landscape, ["--epochs=0"], "epochs is 0; expected at least 1"),
         (landscape, ["--grid=1"], "grid is 1; expected a whole number of at least 2"),
+        (critical_batch_size, ["--sizes_swept=1,2"], "sizes_swept is (1, 2); expected three sizes"),
+        (critical_batch_size, ["--sizes_swept=1,2,201"], "sizes_swept holds 201; expected at most"),
+        (critical_batch_size, ["--target=1"], "target is 1.0; expected an accuracy between 0 and"),
         (samplers, ["--problems=hard"], "problems is ('hard',); expected any of convex, network"),
         (samplers, ["--batch_size=9"], "batch_size is 9; expected at least 10"),
         (samplers, ["--uniform_share=0"], "uniform_share is 0.0; expected a number above 0"),
