@@ -1,7 +1,7 @@
 """Training a network of sigmoid neurons to classify: its compiled programs, for several seeds."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -22,18 +22,32 @@ from sgd_jax.networks import InitScheme
 Cost = Literal["quadratic", "cross_entropy"]
 
 PARTS = ("train", "validation", "test")
-_CHUNK_SIZE = 2048  # examples that an evaluation looks at together: bounds its memory
+CHUNK_SIZE = 2048  # examples that an evaluation looks at together: bounds its memory
 
 DrawEpoch = Callable[[Array, Array, int, int], Array]
 """From the key of a seed, the number of an epoch, n and the batch size to its mini-batches."""
-
-MakeEpoch = Callable[..., Callable[[sj.TrainState, int], tuple[sj.TrainState, Array]]]
-"""From the batch size and, unless it is `draw_reshuffled`, a `DrawEpoch` to an epoch."""
 
 
 def draw_reshuffled(key: Array, number: Array, n: int, batch_size: int) -> Array:
     """Returns the mini-batches of an epoch in a new random order, the short last one too."""
     return sj.sampling.epoch(jax.random.fold_in(key, number), n, batch_size, keep_last=True)
+
+
+class Part(NamedTuple):
+    """What was trained of an epoch, from one return to the caller to the next."""
+
+    state: sj.TrainState
+    """The states after it."""
+    costs: Array
+    """Of its mini-batches, (num_seeds, steps)."""
+    steps: range
+    """Which mini-batches of the epoch these are, counted from 0."""
+    num_steps: int
+    """Mini-batches of the whole epoch."""
+
+
+MakeEpoch = Callable[..., Callable[..., Iterator[Part]]]
+"""From the batch size and, unless it is `draw_reshuffled`, a `DrawEpoch` to an epoch."""
 
 
 class Programs(NamedTuple):
@@ -45,9 +59,10 @@ class Programs(NamedTuple):
     init: Callable[[], sj.TrainState]
     """The states before the first step."""
     make_epoch: MakeEpoch
-    """From the batch size to an epoch, compiled once for each size: from the states and the number
-    of the epoch to the states after it and the cost of each mini-batch, (num_seeds, steps). The
-    states given are used up. What draws the mini-batches may be given, too."""
+    """From the batch size to an epoch, compiled once for each size: from the states, the number of
+    the epoch and how many parts of it are done already to the other parts. There is one, unless the
+    examples are streamed. The states given, and those of a part when the next is asked for, are
+    used up. What draws the mini-batches may be given, too."""
     evaluate: Callable[[Params], dict[str, Any]]
     """From params to what is measured: Python numbers by name, lists of them for several seeds."""
 
@@ -108,10 +123,10 @@ def make_programs(
         return jax.vmap(train_one)(state, numbers)
 
     @functools.partial(jax.vmap, in_axes=(0, None))
-    def measure(params: Params, data: dict[str, Examples]) -> dict[str, _Totals]:
+    def measure(params: Params, data: dict[str, Examples]) -> dict[str, Totals]:
         return {
-            name: _sum_over_chunks(
-                _make_totals(fun, output, dataset.num_classes, with_gradient=name == "train"),
+            name: sum_over_chunks(
+                make_totals(fun, output, dataset.num_classes, with_gradient=name == "train"),
                 params,
                 examples,
                 mesh,
@@ -119,7 +134,7 @@ def make_programs(
             for name, examples in data.items()
         }
 
-    def norms(params: Params, data: dict[str, Examples]) -> dict[str, _Totals]:
+    def norms(params: Params, data: dict[str, Examples]) -> dict[str, Totals]:
         totals = measure(params, data)
         if "train" not in totals:
             return totals
@@ -152,9 +167,15 @@ def make_programs(
 
     def make_epoch(
         batch_size: int, draw_epoch: DrawEpoch = draw_reshuffled
-    ) -> Callable[[sj.TrainState, int], tuple[sj.TrainState, Array]]:
+    ) -> Callable[[sj.TrainState, int, int], Iterator[Part]]:
         compiled = compile_epoch(batch_size, draw_epoch).result()
-        return lambda state, number: compiled(state, numbers, np.int32(number), train_data)
+
+        def run(state: sj.TrainState, number: int, num_done: int = 0) -> Iterator[Part]:
+            state, costs = compiled(state, numbers, np.int32(number), train_data)
+            num_steps = costs.shape[1]
+            yield Part(state, costs, range(num_steps), num_steps)
+
+        return run
 
     sizes_of_classes = {
         name: np.bincount(getattr(dataset, name).labels, minlength=dataset.num_classes)
@@ -163,7 +184,7 @@ def make_programs(
     return Programs(
         init=lambda: init_fn.result()(numbers),
         make_epoch=make_epoch,
-        evaluate=lambda params: _to_columns(measure_fn.result()(params, data), sizes_of_classes),
+        evaluate=lambda params: to_columns(measure_fn.result()(params, data), sizes_of_classes),
     )
 
 
@@ -211,7 +232,7 @@ def example_functions(
     return fun, output
 
 
-class _Totals(NamedTuple):
+class Totals(NamedTuple):
     """Sums over examples."""
 
     cost: Array
@@ -221,12 +242,12 @@ class _Totals(NamedTuple):
     """Of the summed cost; None where it is not wanted."""
 
 
-def _make_totals(
+def make_totals(
     fun: CostFn, output: Callable[[Params, Array], Array], num_classes: int, *, with_gradient: bool
-) -> Callable[[Params, Examples, Array], _Totals]:
+) -> Callable[[Params, Examples, Array], Totals]:
     """Returns a function (params, examples, present) -> totals over the examples present."""
 
-    def totals(params: Params, examples: Examples, present: Array) -> _Totals:
+    def totals(params: Params, examples: Examples, present: Array) -> Totals:
         def summed_cost(params: Params) -> Array:
             costs = jax.vmap(fun, in_axes=(None, 0))(params, examples)
             return jnp.sum(jnp.where(present, costs, 0))
@@ -240,21 +261,21 @@ def _make_totals(
         right = (
             jnp.zeros(num_classes, jnp.int32).at[examples.labels].add(is_right.astype(jnp.int32))
         )
-        return _Totals(cost, right, gradient)
+        return Totals(cost, right, gradient)
 
     return totals
 
 
-def _sum_over_chunks(
-    totals_fn: Callable[[Params, Examples, Array], _Totals],
+def sum_over_chunks(
+    totals_fn: Callable[[Params, Examples, Array], Totals],
     params: Params,
     examples: Examples,
-    mesh: Mesh | None,
-) -> _Totals:
+    mesh: Mesh | None = None,
+) -> Totals:
     """Returns the totals over all examples, of which few are looked at together."""
 
-    def local(params: Params, examples: Examples, num_valid: Array | None = None) -> _Totals:
-        totals = _sum_of_valid(totals_fn, params, examples, num_valid)
+    def local(params: Params, examples: Examples, num_valid: Array | None = None) -> Totals:
+        totals = add_over_chunks(totals_fn, params, examples, num_valid)
         return totals if num_valid is None else jax.lax.psum(totals, sharding.DATA_AXIS)
 
     if mesh is None:
@@ -262,27 +283,29 @@ def _sum_over_chunks(
     return sharding.on_each_shard(local, mesh, params, examples)
 
 
-def _sum_of_valid(
-    totals_fn: Callable[[Params, Examples, Array], _Totals],
+def add_over_chunks(
+    totals_fn: Callable[[Params, Examples, Array], Totals],
     params: Params,
     examples: Examples,
-    num_valid: Array | None,
-) -> _Totals:
-    """Returns the totals over the first ``num_valid`` examples, or all."""
+    num_valid: Array | None = None,
+    before: Any = None,
+) -> Totals:
+    """Returns the totals over the first ``num_valid`` examples, or all, and those ``before``."""
     params = vary_like(examples, params)
-    steps, _, chunk_of = chunks(examples, _CHUNK_SIZE, num_valid)
+    steps, _, chunk_of = chunks(examples, CHUNK_SIZE, num_valid)
 
-    def total(number: Array) -> _Totals:
+    def total(number: Array) -> Totals:
         return totals_fn(params, *chunk_of(examples, number))
 
-    def body(totals: _Totals, number: Array) -> tuple[_Totals, None]:
+    def body(totals: Totals, number: Array) -> tuple[Totals, None]:
         return jax.tree.map(jnp.add, totals, total(number)), None
 
-    zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(total, jnp.int32(0))
-    )
-    zeros = vary_like(examples, zeros)
-    return jax.lax.scan(body, zeros, jnp.arange(steps, dtype=jnp.int32))[0]
+    if before is None:
+        before = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(total, jnp.int32(0))
+        )
+        before = vary_like(examples, before)
+    return jax.lax.scan(body, before, jnp.arange(steps, dtype=jnp.int32))[0]
 
 
 def to_device(examples: Examples, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None) -> Any:
@@ -294,7 +317,7 @@ def to_device(examples: Examples, dtype: jax.typing.DTypeLike, mesh: Mesh | None
     return jax.device_put(stored) if mesh is None else sharding.replicate(stored, mesh)
 
 
-def _to_columns(totals: dict[str, _Totals], sizes: dict[str, np.ndarray]) -> dict[str, Any]:
+def to_columns(totals: dict[str, Totals], sizes: dict[str, np.ndarray]) -> dict[str, Any]:
     """Returns what was measured, from totals with a leading axis over seeds and class sizes."""
     columns = {}
     for name, size in sizes.items():

@@ -24,6 +24,8 @@ class Config:
 
     dataset: str = "digits"
     data_dir: str | None = None
+    stream: bool = False
+    chunk_mib: float = 64.0
     sizes: tuple[int, ...] | None = None
     cost: _classifier.Cost = "quadratic"
     init: InitScheme = "scaled"
@@ -50,6 +52,7 @@ class Config:
             ("sizes", sizes_are_good, "two or more whole numbers of at least 1, as in 784,30,10"),
             ("cost", self.cost in costs, f"one of {', '.join(costs)}"),
             ("init", self.init in schemes, f"one of {', '.join(schemes)}"),
+            ("chunk_mib", 0 < self.chunk_mib < math.inf, "a finite number above 0"),
             ("batch_size", self.batch_size >= 0, "at least 1, or 0 (full) for gradient descent"),
             (
                 "adaptive",
@@ -72,7 +75,17 @@ class Config:
                 f"num_seeds is {self.num_seeds}; expected 1 with an adaptive batch size, which is "
                 "that of one network"
             )
+        if self.stream and self.batch_size == 0:
+            raise ValueError(
+                "batch_size is full, which needs all examples at once; expected a number with "
+                "stream, which reads few of them at a time"
+            )
         make_optimizer(self, num_examples=1)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The size of a chunk of streamed examples."""
+        return int(self.chunk_mib * 2**20)
 
 
 def read_config(stored: dict[str, Any]) -> Config:
@@ -107,7 +120,11 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 def load(config: Config) -> data.Dataset:
     """Returns the data set that ``config`` names; of each part the first few with ``smoke``."""
-    dataset = data.load(config.dataset, config.data_dir)
+    if config.stream:
+        data.import_grain()
+        dataset = data.open_dataset(config.dataset, config.data_dir)
+    else:
+        dataset = data.load(config.dataset, config.data_dir)
     if not config.smoke:
         return dataset
     few = slice(_SMOKE_EXAMPLES)
@@ -139,13 +156,30 @@ def resolve(config: Config, dataset: data.Dataset) -> Config:
             f"batch_size is {config.batch_size}; expected at most {n}, the training examples of "
             f"{dataset.name}. Gradient descent on all of them is --batch_size=full"
         )
+    if config.stream:
+        orders = range(config.num_seeds)
+        data.ShuffledChunks(
+            dataset.train, config.batch_size, orders, chunk_bytes=config.chunk_bytes
+        )
+    if (config.track_noise or config.adaptive) and config.stream and config.noise_examples >= n:
+        raise ValueError(
+            f"noise_examples is {config.noise_examples}; expected fewer than the {n} training "
+            "examples with stream, which are not all read at once"
+        )
     for part in (dataset.train, dataset.validation, dataset.test):
-        if part.inputs.dtype.kind == "f" and abs(part.inputs).max() > np.finfo(config.dtype).max:
+        if largest_input(part.inputs, config.dtype) > float(np.finfo(config.dtype).max):
             raise ValueError(
                 f"dtype is {config.dtype}, in which inputs of {dataset.name} are infinite; "
                 "expected one that holds them: use --dtype=float64, or scale the data"
             )
     return dataclasses.replace(config, sizes=sizes)
+
+
+def largest_input(inputs: Any, dtype: str) -> float:
+    """Returns the largest absolute value of inputs wider than ``dtype``; of others 0."""
+    if inputs.dtype.kind != "f" or inputs.dtype.itemsize <= np.dtype(dtype).itemsize:
+        return 0.0
+    return max(float(abs(block).max()) for block in data.blocks(inputs))
 
 
 def make_optimizer(config: Config, num_examples: int) -> optax.GradientTransformation:

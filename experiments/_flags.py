@@ -9,12 +9,16 @@ from experiments import _classifier, _processes
 from experiments._cli import HelpGroups
 from experiments._config import DTYPES, NUM_HIDDEN, SMOKE_EPOCHS, Config
 from experiments._recorded import Output
+from sgd_jax import data
 from sgd_jax.networks import InitScheme
 
 GROUPS: HelpGroups = {
     "Data": (
         flags.DEFINE_string(
-            "dataset", Config.dataset, "digits, mnist, fashion_mnist, or the path of an .npz file."
+            "dataset",
+            Config.dataset,
+            "digits, mnist, fashion_mnist, or the path of an .npz file or of a folder of shards, "
+            "x_train-000.npy and y_train-000.npy, …, x_test.npy and y_test.npy.",
         ),
         flags.DEFINE_string(
             "data_dir",
@@ -66,6 +70,24 @@ GROUPS: HelpGroups = {
             "optimizer",
             Config.optimizer,
             "sgd, or an optimizer of optax, such as adam; its other options stay as they are.",
+        ),
+    ),
+    "Larger than memory": (
+        flags.DEFINE_boolean(
+            "stream",
+            Config.stream,
+            "Leave the examples on the disk and read them chunk by chunk, shuffled over all of "
+            "them, while the chunk before is trained on: a folder of shards, or MNIST unpacked.",
+        ),
+        flags.DEFINE_float(
+            "chunk_mib",
+            Config.chunk_mib,
+            "With --stream: size of a chunk in MiB; two are in memory at a time.",
+        ),
+        flags.DEFINE_integer(
+            "save_every",
+            Output.save_every,
+            "With --stream: chunks from one checkpoint within an epoch to the next; 0 is none.",
         ),
     ),
     "Gradient noise": (
@@ -132,8 +154,10 @@ def given_settings(groups: HelpGroups = GROUPS) -> dict[str, Any]:
             given[name] = parse(given[name])
     if "log_to" in given:
         given["log_to"] = tuple(given["log_to"])
-    if given.get("dataset", "").endswith(".npz"):
-        given["dataset"] = str(Path(given["dataset"]).expanduser().absolute())
+    if "dataset" in given and given["dataset"] not in data.NAMES:
+        path = Path(given["dataset"]).expanduser()
+        if path.is_dir() or path.suffix == ".npz":
+            given["dataset"] = str(path.absolute())
     if given.get("smoke"):
         given.setdefault("epochs", SMOKE_EPOCHS)
     return given

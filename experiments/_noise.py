@@ -55,21 +55,35 @@ def make_measurement(
       mesh: Devices that share the examples; None is one device.
     """
     fun, _ = _classifier.example_functions(cost, dataset.num_classes, dataset.scale, dtype)
-    examples = _classifier.to_device(dataset.train, dtype, mesh)
+    is_on_disk = isinstance(dataset.train.inputs, data.Rows)
+    examples = None if is_on_disk else _classifier.to_device(dataset.train, dtype, mesh)
     n = len(dataset.train.labels)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), _STREAM))(
         np.arange(seeds.start, seeds.stop, dtype=np.uint32)
     )
 
     @jax.jit
-    @functools.partial(jax.vmap, in_axes=(0, 0, None, None))
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    def draw(key: Array, number: Array) -> Array:
+        key = jax.random.fold_in(key, number)
+        return sampling.without_replacement(key, n, num_examples).indices
+
+    def read(number: int) -> data.Examples:
+        """Returns the examples drawn for each seed, from the disk: leaves (num_seeds, k, ...)."""
+        drawn = [
+            data.read_examples(dataset.train, i) for i in np.asarray(draw(keys, np.int32(number)))
+        ]
+        return _classifier.to_device(jax.tree.map(lambda *leaves: np.stack(leaves), *drawn), dtype)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, 0, None, 0 if is_on_disk else None))
     def measure(params: Params, key: Array, number: Array, examples: data.Examples) -> NoiseScale:
         population = None
         if num_examples < n:
             population = n
-            key = jax.random.fold_in(key, number)
-            indices = sampling.without_replacement(key, n, num_examples).indices
-            examples = jax.tree.map(lambda leaf: leaf[indices], examples)
+            if not is_on_disk:
+                indices = draw(key[None], number)[0]
+                examples = jax.tree.map(lambda leaf: leaf[indices], examples)
         moments = gradient_moments(
             fun,
             params,
@@ -82,7 +96,8 @@ def make_measurement(
         return noise_scale(moments, confidence=CONFIDENCE, population=population)
 
     def to_record(params: Params, number: int) -> dict[str, Any]:
-        scale = jax.device_get(measure(params, keys, np.int32(number), examples))
+        chosen = read(number) if is_on_disk else examples
+        scale = jax.device_get(measure(params, keys, np.int32(number), chosen))
         columns = {
             "noise_scale": scale.value,
             "noise_scale_low": scale.low,

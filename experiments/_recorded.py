@@ -16,6 +16,7 @@ import numpy as np
 import sgd_jax as sj
 from experiments import _cli, _platform, _signals
 from experiments._console import TrainingDisplay
+from experiments._within_epoch import PartCheckpoints, Progress
 from sgd_jax import data, processes, runs
 
 
@@ -31,6 +32,14 @@ class Output:
     run_name: str | None = None
     resume: bool = False
     log_to: tuple[str, ...] = ("jsonl",)
+    save_every: int = 64
+
+    def __post_init__(self):
+        """Raises ValueError at what is wrong."""
+        if self.save_every < 0:
+            raise ValueError(
+                f"save_every is {self.save_every}; expected a number of chunks, or 0 for none"
+            )
 
 
 def read_stored(output: Output) -> dict[str, Any] | None:
@@ -238,7 +247,7 @@ def record(
       epochs: When the run ends.
       first_seed: Of the seeds trained.
       notes: Shown first.
-      run: Called with `restore` and `on_epoch`.
+      run: Called with `restore`, `on_epoch` and `on_part`.
     """
     began = time.perf_counter()
     config = folder.read_config()
@@ -278,8 +287,10 @@ def _train(
             if name in runs.LOGGERS and processes.is_first()
         ]
         checkpoints: list[runs.Checkpoints] = []
+        within = PartCheckpoints(folder.path / "checkpoints_within_epoch", output.save_every)
+        stack.enter_context(contextlib.closing(within))
 
-        def restore(state: sj.TrainState) -> runs.Snapshot | None:
+        def restore(state: sj.TrainState) -> Progress | None:
             opened = runs.Checkpoints(folder.checkpoints_path, _validation_accuracy, like=state)
             checkpoints.append(stack.enter_context(contextlib.closing(opened)))
             for warning in opened.damaged:
@@ -292,7 +303,11 @@ def _train(
                 for logger in loggers if was_missing else []:
                     logger.log(latest.record)
                 display.show(latest.record)
-            return latest
+                progress, warnings = within.restore(latest)
+                for warning in warnings:
+                    display.say(f"warning: {warning}")
+                return progress
+            return None
 
         def on_epoch(state: sj.TrainState, record: runs.Record) -> None:
             with _signals.shielded():
@@ -301,10 +316,15 @@ def _train(
                 for logger in loggers:
                     logger.log(record)
                 display.show(record)
+                within.clear()
+
+        def on_part(progress: Progress) -> None:
+            with _signals.shielded():
+                within.save(progress)
 
         go_on = f"go on with --resume --run_name={folder.path.name}"
         try:
-            run(restore=restore, on_epoch=on_epoch)
+            run(restore=restore, on_epoch=on_epoch, on_part=on_part)
         except DivergenceError as error:
             return "diverged", 1, str(error)
         except KeyboardInterrupt as error:
@@ -397,5 +417,6 @@ def digest_of(dataset: data.Dataset) -> str:
     for part in (dataset.train, dataset.validation, dataset.test):
         for leaf in part:
             digest.update(f"{leaf.dtype} {leaf.shape}".encode())
-            digest.update(np.ascontiguousarray(leaf).data)
+            for block in data.blocks(leaf):
+                digest.update(np.ascontiguousarray(block).data)
     return digest.hexdigest()

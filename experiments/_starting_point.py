@@ -76,6 +76,7 @@ def read_run(
     kept = {name: value for name, value in given.items() if name != "seed"}
     config = Config(**_recorded.merge_settings(before, kept, frozenset({"data_dir"}), flag="run"))
     _enable(config)
+    config = dataclasses.replace(config, stream=False)
     dataset = processes.in_all(lambda: load(config))
     if stored["data_sha256"] != _recorded.digest_of(dataset):
         raise ValueError(

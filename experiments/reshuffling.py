@@ -185,7 +185,8 @@ def run(
         state = programs.init()
         records = [programs.evaluate(state.params)]
         for epoch in range(1, training.epochs + 1):
-            state, _ = run_epoch(state, epoch)
+            (part,) = run_epoch(state, epoch)
+            state = part.state
             records.append(programs.evaluate(state.params))
         costs[order] = np.array([runs.per_seed(record["cost_train"]) for record in records])
         _check(costs[order], order, training.learning_rate)

@@ -17,7 +17,7 @@ Expected, as best test accuracy of 30 epochs, on 2 shared CPU cores with compili
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
@@ -26,9 +26,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 import sgd_jax as sj
-from experiments import _classifier, _cli, _flags, _noise, _processes, _recorded, _signals
+from experiments import (
+    _classifier,
+    _cli,
+    _flags,
+    _noise,
+    _processes,
+    _recorded,
+    _signals,
+    _streamed,
+)
 from experiments._config import Config, load, make_optimizer, read_config, resolve
 from experiments._recorded import DivergenceError, Output
+from experiments._within_epoch import Progress
 from sgd_jax import data, processes, runs
 
 _FREE_TO_CHANGE = frozenset({"epochs", "data_dir"})
@@ -49,8 +59,9 @@ def run(
     dataset: data.Dataset | None = None,
     *,
     mesh: Mesh | None = None,
-    restore: Callable[[sj.TrainState], runs.Snapshot | None] = lambda state: None,
+    restore: Callable[[sj.TrainState], Progress | None] = lambda state: None,
     on_epoch: Callable[[sj.TrainState, runs.Record], None] = lambda state, record: None,
+    on_part: Callable[[Progress], None] = lambda progress: None,
     parts: Sequence[str] = _classifier.PARTS,
 ) -> Result:
     """Trains, measuring before the first epoch and after each.
@@ -71,6 +82,7 @@ def run(
         follows is then bit for bit what would have followed.
       on_epoch: Called with state and record of each epoch, the first included unless restored. The
         next epoch uses the state up: copy what is to be kept.
+      on_part: Called after each part of an epoch but the last; only a streamed one has several.
       parts: Of the data set, on which it is measured.
 
     Raises:
@@ -86,7 +98,11 @@ def run(
     config = resolve(config, dataset)
     n = len(dataset.train.labels)
     seeds = range(config.seed, config.seed + config.num_seeds)
-    programs = _classifier.make_programs(
+    if config.stream:
+        make_programs = functools.partial(_streamed.make_programs, chunk_bytes=config.chunk_bytes)
+    else:
+        make_programs = functools.partial(_classifier.make_programs, mesh=mesh)
+    programs = make_programs(
         dataset,
         make_optimizer(config, num_examples=n),
         sizes=config.sizes or (),
@@ -96,7 +112,6 @@ def run(
         dtype=np.dtype(config.dtype),
         parts=parts,
         first_batch_size=(config.batch_size or n) if config.epochs else None,
-        mesh=mesh,
     )
     records = []
 
@@ -126,32 +141,49 @@ def run(
 
     batch_size = config.batch_size or n
     state = programs.init()
-    snapshot = restore(state)
-    if snapshot is None:
+    done = restore(state)
+    if done is None:
         report(state, 0, 0.0)
-        last = records[-1]
-    else:
-        last, state = snapshot.record, snapshot.state
-    for epoch in range(last["epoch"] + 1, config.epochs + 1):
+        done = Progress(state, records[-1])
+    for epoch in range(done.record["epoch"] + 1, config.epochs + 1):
         if config.adaptive:
-            batch_size = _noise.grow_batch_size(config, last, n)
+            batch_size = _noise.grow_batch_size(config, done.record, n)
         run_epoch = programs.make_epoch(batch_size)
+        for part, seconds in _clocked(run_epoch(done.state, epoch, done.num_parts), done.seconds):
+            done = Progress(part.state, done.record, done.num_parts + 1, seconds)
+            _check_costs(np.asarray(part.costs), epoch, config, part.steps.start, part.num_steps)
+            if part.steps.stop < part.num_steps:
+                on_part(done)
+        report(done.state, epoch, done.seconds)
+        done = Progress(done.state, records[-1])
+    return Result(done.state, records)
+
+
+def _clocked(
+    parts: Iterator[_classifier.Part], seconds: float
+) -> Iterator[tuple[_classifier.Part, float]]:
+    """Yields each part when it is ready, and the seconds spent on it and those before."""
+    while True:
         start = time.perf_counter()
-        state, costs = _signals.until_ready(run_epoch(state, epoch))
-        seconds = time.perf_counter() - start
-        _check_costs(np.asarray(costs), epoch, config)
-        report(state, epoch, seconds)
-        last = records[-1]
-    return Result(state, records)
+        part = _signals.until_ready(next(parts, None))
+        seconds += time.perf_counter() - start
+        if part is None:
+            return
+        yield part, seconds
 
 
-def _check_costs(costs: np.ndarray, epoch: int, config: Config) -> None:
-    """Raises DivergenceError at the first of the costs (num_seeds, steps) that is not finite."""
+def _check_costs(
+    costs: np.ndarray, epoch: int, config: Config, first: int = 0, num_steps: int | None = None
+) -> None:
+    """Raises DivergenceError at the first of the costs (num_seeds, steps) that is not finite.
+
+    ``first`` is the number of their first step in the epoch, which has ``num_steps``.
+    """
     bad = ~np.isfinite(costs)
     if bad.any():
         step = int(np.argmax(bad.any(axis=0)))
         index = int(np.argmax(bad[:, step]))
-        where = f"at epoch {epoch}, step {step + 1} of {costs.shape[1]}"
+        where = f"at epoch {epoch}, step {first + step + 1} of {num_steps or costs.shape[1]}"
         raise _divergence(f"the cost became {costs[index, step]} {where}", index, config)
 
 
@@ -184,6 +216,11 @@ def main() -> int:
             if processes.from_first(lambda: _recorded.is_complete(output, config.epochs)):
                 print(f"complete: {output.run_name} has trained its {config.epochs} epochs already")
                 return 0
+        if config.stream and mesh is not None:
+            raise ValueError(
+                f"stream is set with {mesh.size} devices; expected one: examples that stay on the "
+                "disk are not divided among devices yet. Leave --stream or the others out"
+            )
         if config.dtype == "float64":
             jax.config.update("jax_enable_x64", True)
         dataset = processes.in_all(lambda: load(config))

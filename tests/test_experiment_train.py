@@ -134,7 +134,7 @@ def count_dead(network, examples):
 def test_what_is_measured_is_of_all_examples_in_chunks_or_at_once(
     tiny, monkeypatch, cost, chunk_size
 ):
-    monkeypatch.setattr(_classifier, "_CHUNK_SIZE", chunk_size)
+    monkeypatch.setattr(_classifier, "CHUNK_SIZE", chunk_size)
     dataset = data.load(tiny)
     config = Config(dataset=str(tiny), cost=cost, epochs=0, num_seeds=2, dtype="float64")
     result = train.run(config, dataset)
@@ -368,7 +368,7 @@ def test_what_metrics_say_is_saved_before(tmp_path, monkeypatch):
     def killed(folder, record):
         raise RuntimeError("killed")
 
-    def run(restore, on_epoch):
+    def run(restore, on_epoch, on_part):
         assert restore({"w": jnp.zeros(2)}) is None
         on_epoch({"w": jnp.ones(2)}, line(0))
         monkeypatch.setattr(runs.RunFolder, "append_metrics", killed)
@@ -381,7 +381,7 @@ def test_what_metrics_say_is_saved_before(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
-    def run(restore, on_epoch):
+    def run(restore, on_epoch, on_part):
         restore({"w": jnp.zeros(2)})
         on_epoch({"w": jnp.ones(2)}, line(0))
         raise KeyboardInterrupt

@@ -2,21 +2,26 @@
 
 from sgd_jax.data.examples import Dataset, Examples
 from sgd_jax.data.idx import read_idx
-from sgd_jax.data.rows import Rows, open_rows
+from sgd_jax.data.rows import Rows, blocks, open_rows, read_examples
 from sgd_jax.data.shuffling import index_shuffle
-from sgd_jax.data.sources import load, open_dataset
-from sgd_jax.data.streams import Chunk, ShuffledChunks, prefetched
+from sgd_jax.data.sources import NAMES, load, open_dataset
+from sgd_jax.data.streams import Blocks, Chunk, ShuffledChunks, import_grain, prefetched
 
 __all__ = [
+    "NAMES",
+    "Blocks",
     "Chunk",
     "Dataset",
     "Examples",
     "Rows",
     "ShuffledChunks",
+    "blocks",
+    "import_grain",
     "index_shuffle",
     "load",
     "open_dataset",
     "open_rows",
     "prefetched",
+    "read_examples",
     "read_idx",
 ]

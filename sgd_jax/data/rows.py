@@ -90,6 +90,23 @@ class Rows:
             yield start, np.asarray(self[start : start + size])
 
 
+def read_examples(examples: Examples, indices: np.ndarray) -> Examples:
+    """Returns the examples of the indices given, in any order, of examples on the disk."""
+    ascending = np.argsort(indices, kind="stable")
+    back = np.argsort(ascending)
+    inputs: Any = examples.inputs
+    labels: Any = examples.labels
+    return Examples(*(rows.take(indices[ascending])[back] for rows in (inputs, labels)))
+
+
+def blocks(array: "np.ndarray | Rows") -> Iterator[np.ndarray]:
+    """Yields all rows of an array, some megabytes at a time where they are on the disk."""
+    if isinstance(array, Rows):
+        yield from (block for _, block in array.blocks())
+    else:
+        yield array
+
+
 def open_rows(paths: Sequence[Path]) -> Rows:
     """Returns the rows in the files given, one file after the other, without reading them.
 

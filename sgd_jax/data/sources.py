@@ -9,6 +9,9 @@ from sgd_jax.data.folder import open_folder, read_rows
 from sgd_jax.data.mnist import SOURCES, load_mnist, open_mnist
 from sgd_jax.data.npz import load_npz
 
+NAMES = ("digits", *SOURCES)
+"""The data sets that have a name."""
+
 
 def load(
     dataset: str | os.PathLike[str],

@@ -3,13 +3,17 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from sgd_jax.data.examples import Examples
 from sgd_jax.data.rows import Rows
 from sgd_jax.data.shuffling import index_shuffle
+
+T = TypeVar("T")
+U = TypeVar("U")
+T_co = TypeVar("T_co", covariant=True)
 
 
 class Chunk(NamedTuple):
@@ -59,7 +63,7 @@ class ShuffledChunks:
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        self._rows: tuple[Rows, ...] = tuple(examples)  # pyright: ignore[reportAttributeAccessIssue]
+        self._rows = _as_rows(examples)
         self._num_examples = len(self._rows[0])
         self._batch_size = batch_size
         self._seeds = tuple(seeds)
@@ -93,6 +97,12 @@ class ShuffledChunks:
         first = chunk * self._steps_per_chunk
         return range(first, min(first + self._steps_per_chunk, self.num_steps))
 
+    def num_rows(self, chunk: int) -> int:
+        """Returns the number of examples that a chunk holds."""
+        steps, width = self.steps(chunk), len(self._columns)
+        left = self._num_examples - steps[-1] * self._batch_size - int(self._columns[0])
+        return len(self._seeds) * ((len(steps) - 1) * width + min(max(left, 0), width))
+
     def indices(self, chunk: int) -> np.ndarray:
         """Returns the examples of each mini-batch of a chunk, (num_orders, steps, m), or −1."""
         steps = np.asarray(self.steps(chunk))
@@ -116,26 +126,55 @@ class ShuffledChunks:
         return Chunk(examples, batches.reshape(indices.shape))
 
 
-def prefetched(
-    chunks: ShuffledChunks, put: Callable[[Chunk], Chunk], first: int = 0
-) -> Iterator[Chunk]:
-    """Yields the chunks from ``first`` on, each loaded while the one before is in use.
+class Blocks:
+    """All examples in the order they have on the disk, a block at a time: a data source of grain.
 
-    A thread of grain reads the next chunk and puts it on the device as soon as one is handed out,
+    Args:
+      examples: Of `Rows`.
+      block_bytes: How large a block may be, unless ``multiple`` examples take more.
+      multiple: The number of examples in a block, the last one apart, is a multiple of it.
+    """
+
+    def __init__(self, examples: Examples, block_bytes: int = 64 << 20, multiple: int = 1):
+        self._rows = _as_rows(examples)
+        fitting = block_bytes // sum(map(_bytes_per_row, self._rows))
+        self._size = max(1, fitting // multiple) * multiple
+
+    def __len__(self) -> int:
+        """Returns the number of blocks."""
+        return math.ceil(len(self._rows[0]) / self._size)
+
+    def __getitem__(self, block: int) -> Examples:
+        """Returns a block, read from the disk."""
+        wanted = slice(block * self._size, (block + 1) * self._size)
+        return Examples(*(np.asarray(rows[wanted]) for rows in self._rows))
+
+
+class Source(Protocol[T_co]):
+    """What grain reads from: anything with a length and elements by number."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> T_co: ...
+
+
+def prefetched(source: Source[T], put: Callable[[T], U], first: int = 0) -> Iterator[U]:
+    """Yields the elements from ``first`` on, each loaded while the one before is in use.
+
+    A thread of grain reads the next element and puts it on the device as soon as one is handed out,
     so there are two at a time, and no more.
 
     Args:
-      chunks: Of an epoch.
-      put: What becomes of each chunk in that thread: `jax.device_put`, or a cast and then that.
-      first: Of the chunks, counted from 0: where an epoch goes on.
+      source: `ShuffledChunks` or `Blocks`.
+      put: What becomes of each element in that thread: `jax.device_put`, or a cast before it.
+      first: Of the elements, counted from 0: where an epoch goes on.
 
     Raises:
       ImportError: grain is not installed.
     """
     grain = import_grain()
-    dataset = grain.MapDataset.source(chunks).map(put)[first:]
+    elements = grain.MapDataset.source(source).map(put)[first:]
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    return iter(dataset.to_iter_dataset(options))
+    return iter(elements.to_iter_dataset(options))
 
 
 def import_grain() -> ModuleType:
@@ -151,3 +190,9 @@ def import_grain() -> ModuleType:
 
 def _bytes_per_row(rows: Rows) -> int:
     return rows.nbytes // len(rows)
+
+
+def _as_rows(examples: Examples) -> tuple[Rows, Rows]:
+    inputs: Any = examples.inputs
+    labels: Any = examples.labels
+    return inputs, labels
