@@ -366,6 +366,8 @@ def test_steps_to_the_target_are_counted_for_every_learning_rate_and_interpolate
 def test_the_noise_scale_of_a_run_is_the_ratio_of_means():
     rows = [{"trace": 1.0, "squared_norm": 1.0}, {"trace": 3.0, "squared_norm": -0.5}]
     assert critical_batch_size.mean_noise_scale(rows) == 8.0
+    scales = [{"noise_scale": value} for value in (None, 2.0, 4.0, 1.0, None)]
+    assert critical_batch_size.median_noise_scale(scales) == 4.0
 
 
 @pytest.mark.slow
@@ -383,7 +385,7 @@ def test_sizes_are_swept_and_set_beside_the_noise_scale(tmp_path):
     np.testing.assert_allclose(column(rows, "steps_fitted"), law, rtol=1e-6)
     assert float(noise[0]["accuracy"]) < 0.3
     scale = column(noise, "trace").sum() / column(noise, "squared_norm").sum()
-    assert summary["noise_scale_of_run"] == pytest.approx(scale)
+    assert summary["noise_scale_of_means"] == pytest.approx(scale)
 
 
 # all
