@@ -26,11 +26,17 @@ About a minute on two cores.
 `sweep`: an epoch of 32 runs as one program, beside single runs; times are per run. Each core is a
 device. About a minute on two cores.
 
+`gpu`: an epoch at batch sizes from 10 to 50,000, sweeps of 1 to 1,024 runs, per-example gradients
+and moments on an accelerator, the data on it too; beside PyTorch eager, compiled and as CUDA
+graphs. Without an accelerator it refuses, or with --tiny runs tiny sizes to try the code. About ten
+minutes; --tables=gpu_epoch,gpu_sweep takes the first two tables.
+
 A suite is one function that returns a list of `Suite`, named in `SUITES`.
 """
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +44,7 @@ import jax
 from absl import app, flags
 from suites import harness
 from suites.epoch import epoch_suites
+from suites.gpu import gpu_suites
 from suites.moments import moments_suites
 from suites.per_example import per_example_suites
 from suites.start_up import start_up_suites
@@ -49,6 +56,7 @@ SUITES = {
     "moments": moments_suites,
     "startup": start_up_suites,
     "sweep": sweep_suites,
+    "gpu": gpu_suites,
 }
 
 
@@ -65,6 +73,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("suite", "epoch", list(SUITES), "What to time.")
     flags.DEFINE_list("tables", [], "Only these tables of the suite; without it all.")
     flags.DEFINE_string("data_dir", None, "Folder of MNIST; without it random pixels.")
+    flags.DEFINE_bool("tiny", False, "With --suite=gpu: tiny sizes on any device, to try the code.")
     flags.DEFINE_integer("num_rounds", 7, "Timed rounds.", lower_bound=1)
     flags.DEFINE_bool("keep_freed_memory", True, "Whether glibc keeps large freed blocks.")
     flags.DEFINE_string("out_dir", None, "Where to write <suite>.json and <suite>.md.")
@@ -77,7 +86,13 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if values.suite == "sweep":
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-    suites = SUITES[values.suite](values.data_dir)
+    if values.tiny and values.suite != "gpu":
+        raise app.UsageError(f"--tiny is for --suite=gpu, got --suite={values.suite}")
+    try:
+        options = {"tiny": values.tiny} if values.suite == "gpu" else {}
+        suites = SUITES[values.suite](values.data_dir, **options)
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
     unknown = set(values.tables) - {suite.name for suite in suites}
     if unknown:
         names = ", ".join(suite.name for suite in suites)

@@ -13,9 +13,12 @@ hypothesis.settings.load_profile("house")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("SGD_JAX_MNIST_DIR"):
-        return
-    reason = "set SGD_JAX_MNIST_DIR to the folder with MNIST's four IDX files"
+    reasons = {}
+    if not os.environ.get("SGD_JAX_MNIST_DIR"):
+        reasons["mnist"] = "set SGD_JAX_MNIST_DIR to the folder with MNIST's four IDX files"
+    if any(item.get_closest_marker("gpu") for item in items) and jax.default_backend() == "cpu":
+        reasons["gpu"] = "JAX finds no accelerator"
     for item in items:
-        if item.get_closest_marker("mnist"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -123,8 +123,9 @@ def test_pytorch_computes_the_same_epoch_eagerly_and_compiled(epoch, harness):
 def test_a_compiled_step_of_pytorch_is_left_out_where_there_is_no_compiler(epoch, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr("shutil.which", lambda name: None)
+    problem = epoch.make_epoch_problem(None, 40)
     with pytest.raises(NotImplementedError, match="needs a C\\+\\+ compiler: g\\+\\+ or clang"):
-        epoch.epoch_peers.torch_compiled(epoch.make_epoch_problem(None, 40))
+        epoch.epoch_peers.in_torch("PyTorch, whole step compiled", problem)
 
 
 def test_a_contender_that_takes_the_sum_for_the_mean_is_left_out(epoch, harness, monkeypatch):
@@ -259,6 +260,44 @@ def test_cpu_time_is_that_of_processes_too(harness):
     suite = harness.Suite("none", "nothing", [harness.Contender("a process", lambda: run)])
     (timing,) = harness.time_in_turns(suite, num_rounds=1)
     assert timing.cpu_seconds[0] > 0.01
+
+
+# The suite `gpu`
+
+
+@pytest.fixture
+def gpu():
+    before = jax.config.jax_default_matmul_precision
+    yield importlib.import_module("suites.gpu")
+    jax.config.update("jax_default_matmul_precision", before)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is an accelerator")
+def test_without_an_accelerator_the_suite_gpu_refuses_and_says_how_to_try_it(gpu):
+    with pytest.raises(RuntimeError, match=r"computes on the CPU; expected a GPU or TPU.*--tiny"):
+        gpu.gpu_suites()
+
+
+def test_an_epoch_and_a_sweep_of_the_suite_gpu_agree_at_tiny_sizes(gpu, harness):
+    suites = gpu.epochs_suite(None, 40, (10, 40)), gpu.sweeps_suite(None, 40, (1, 3))
+    for suite in suites:
+        without_torch = [c for c in suite.contenders if "torch" not in c.needs]
+        suite = suite._replace(contenders=without_torch, min_turn_seconds=0.0)
+        result = harness.measure(suite, num_rounds=1)
+        assert not result["left_out"]
+    assert [row["question"] for row in result["rows"]] == ["1 run", "3 runs"]
+    assert [c.units for c in without_torch] == [1, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_many_networks_in_pytorch_are_those_of_our_sweep(gpu, harness):
+    pytest.importorskip("torch")
+    suite = gpu.sweeps_suite(None, 40, (3,))
+    result = harness.measure(suite, num_rounds=1)
+    found = {row["contender"] for row in result["rows"]}
+    assert found >= {"sgd_jax.make_sweep", "PyTorch, eager", "PyTorch, whole step compiled"}
+    assert all("CUDA graphs need a GPU" in reason for reason in result["left_out"].values())
 
 
 # The harness

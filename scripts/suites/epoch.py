@@ -13,7 +13,7 @@ import sgd_jax as sj
 from sgd_jax import data
 from sgd_jax.networks import Network
 from suites import epoch_c, epoch_peers
-from suites.harness import Contender, Prepared, Run, Suite
+from suites.harness import Contender, Prepared, Run, Suite, as_array
 
 QUADRATIC, CROSS_ENTROPY = "quadratic cost", "cross-entropy cost"
 PRODUCT = "one matrix product, 2048 × k × 2048, of as many operations"
@@ -102,8 +102,10 @@ def epoch_suite(name: str, problem: EpochProblem) -> Suite:
         ("C, one core", epoch_c.c_epoch, (), None),
         ("NumPy, a mini-batch at a time", epoch_peers.numpy_by_batch, (), None),
         ("NumPy, an example at a time", epoch_peers.numpy_by_example, (), 3),
-        ("PyTorch, eager", epoch_peers.torch_eager, ("torch",), None),
-        ("PyTorch, whole step compiled", epoch_peers.torch_compiled, ("torch",), None),
+    ]
+    ways += [
+        (way, functools.partial(epoch_peers.in_torch, way), ("torch",), None)
+        for way in (epoch_peers.EAGER, epoch_peers.COMPILED)
     ]
     contenders = [
         Contender(name, functools.partial(make, problem), needs, rounds, QUADRATIC, OURS)
@@ -130,7 +132,7 @@ def wide_suite(name: str, problem: EpochProblem) -> Suite:
         "one scan, optax and grad of the mean": (optax_epoch, ("optax",)),
         "C, one core": (epoch_c.c_epoch, ()),
         "NumPy, a mini-batch at a time": (epoch_peers.numpy_by_batch, ()),
-        "PyTorch, eager": (epoch_peers.torch_eager, ("torch",)),
+        epoch_peers.EAGER: (functools.partial(epoch_peers.in_torch, epoch_peers.EAGER), ("torch",)),
     }
     contenders = [
         Contender(way, functools.partial(make, problem), needs, None, QUADRATIC, OURS)
@@ -169,7 +171,7 @@ def _work(problem: EpochProblem) -> str:
 
 def read(params: object) -> list[np.ndarray]:
     """Returns weights and biases, layer by layer, each as one row to compare by its norm."""
-    return [np.asarray(leaf).reshape(1, -1) for leaf in jax.tree.leaves(params)]
+    return [as_array(leaf).reshape(1, -1) for leaf in jax.tree.leaves(params)]
 
 
 def _quadratic(network: Network, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -1,13 +1,10 @@
-"""The epoch of the suite `epoch` in other libraries: NumPy, scikit-learn and PyTorch.
+"""The epoch of the suite `epoch` in NumPy and scikit-learn; `epoch_torch` has it in PyTorch.
 
 Each takes the data in the form that serves it best, made before the clock starts.
 """
-# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -147,68 +144,20 @@ def sklearn_partial_fit(problem: EpochProblem) -> Run:
 
 # --- PyTorch ---
 
-
-def torch_eager(problem: EpochProblem) -> Run:
-    """Returns an epoch of `nn.Sequential` and `optim.SGD`, float32 inputs."""
-    import torch
-    from torch import nn
-
-    layers = []
-    for weights, biases in problem.network:
-        layers += [nn.Linear(weights.shape[1], len(biases)), nn.Sigmoid()]
-    module = nn.Sequential(*layers)
-    start = list(map(torch.from_numpy, _leaves(problem)))
-    inputs, targets = map(torch.from_numpy, _floats(problem))
-    batches = torch.from_numpy(problem.batches.astype(np.int64))
-    optimizer = torch.optim.SGD(module.parameters(), lr=problem.learning_rate)
-
-    def run() -> object:
-        with torch.no_grad():
-            for parameter, leaf in zip(module.parameters(), start, strict=True):
-                parameter.copy_(leaf)
-        for indices in batches:
-            errors = module(inputs[indices]) - targets[indices]
-            optimizer.zero_grad()
-            (errors.square().sum(1).mean() / 2).backward()
-            optimizer.step()
-        return [parameter.detach() for parameter in module.parameters()]
-
-    return run
+EAGER, COMPILED = "PyTorch, eager", "PyTorch, whole step compiled"
+GRAPHS = "PyTorch, CUDA graphs"
+GRAPHS_OF_COMPILED = "PyTorch, CUDA graphs of the compiled step"
 
 
-def torch_compiled(problem: EpochProblem) -> Run:
-    """Returns an epoch whose step is compiled whole, gathering and update included; uint8 pixels.
+def in_torch(way: str, problem: EpochProblem) -> Run:
+    """Returns an epoch by PyTorch in one of these ways; see `epoch_torch`, which needs it."""
+    from suites import epoch_torch
 
-    Raises:
-      NotImplementedError: there is no C++ compiler, which `torch.compile` needs on a CPU.
-    """
-    import torch
+    return epoch_torch.prepare(way, problem)
 
-    compilers = (os.environ.get("CXX") or "g++", "clang++")
-    if not any(map(shutil.which, compilers)):
-        raise NotImplementedError(f"torch.compile needs a C++ compiler: {' or '.join(compilers)}")
-    start = list(map(torch.from_numpy, _leaves(problem)))
-    pixels = torch.from_numpy(problem.pixels)
-    targets = torch.from_numpy(_floats(problem)[1])
-    batches = torch.from_numpy(problem.batches.astype(np.int64))
 
-    @torch.compile(fullgraph=True, dynamic=False)
-    def step(params: Any, pixels: Any, targets: Any, indices: Any) -> Any:
-        x, y = pixels[indices].float() / 255, targets[indices]
+def many_in_torch(way: str, problem: EpochProblem, networks: Any) -> Run:
+    """Returns an epoch of many networks, whose leaves have a leading axis, by PyTorch."""
+    from suites import epoch_torch
 
-        def mean_cost(params: Any) -> Any:
-            a = x
-            for weights, biases in zip(params[::2], params[1::2], strict=True):
-                a = torch.sigmoid(torch.nn.functional.linear(a, weights, biases))
-            return (a - y).square().sum(1).mean() / 2
-
-        gradients = torch.func.grad(mean_cost)(params)
-        return [p - problem.learning_rate * g for p, g in zip(params, gradients, strict=True)]
-
-    def run() -> object:
-        params = start
-        for indices in batches:
-            params = step(params, pixels, targets, indices)
-        return params
-
-    return run
+    return epoch_torch.prepare_many(way, problem, networks)

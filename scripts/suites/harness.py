@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -179,6 +179,11 @@ def _run_once(run: Run, timing: Timing) -> object:
     timing.seconds.append((time.perf_counter() - start) / units)
     timing.cpu_seconds.append((_cpu_seconds() - cpu_start) / units)
     return result
+
+
+def as_array(leaf: Any) -> np.ndarray:
+    """Returns an array of any library, on any device, as one of NumPy's."""
+    return np.asarray(leaf.detach().cpu() if hasattr(leaf, "detach") else leaf)
 
 
 def _cpu_seconds() -> float:

@@ -13,7 +13,7 @@ import sgd_jax as sj
 from sgd_jax.per_example.factors import Outer, inner_by_gram, prefers_gram
 from sgd_jax.per_example.views import Layout, View
 from suites import problems
-from suites.harness import Contender, Prepared, Suite
+from suites.harness import Contender, Prepared, Suite, as_array
 from suites.problems import Problem
 
 MEAN, NORMS, SECOND = "mean", "norms + mean", "second moment + mean"
@@ -88,8 +88,8 @@ def read(answer: object) -> list[np.ndarray]:
     Libraries lay a weight out as they like, so that the entries of each leaf are sorted.
     """
     rows, leaves = answer  # pyright: ignore[reportGeneralTypeIssues]
-    sorted_leaves = [np.sort(np.asarray(leaf).reshape(-1)) for leaf in jax.tree.leaves(leaves)]
-    found = [] if rows is None else [np.asarray(rows)]
+    sorted_leaves = [np.sort(as_array(leaf).reshape(-1)) for leaf in jax.tree.leaves(leaves)]
+    found = [] if rows is None else [as_array(rows)]
     return found + ([np.concatenate(sorted_leaves)[None]] if sorted_leaves else [])
 
 

@@ -30,6 +30,10 @@ def prepare(problem: Problem, name: str, question: str) -> Prepared:
     Raises:
       NotImplementedError: the library cannot do it for this network.
     """
+    if _device().type == "cuda":
+        if not torch.cuda.is_available():
+            raise NotImplementedError("this PyTorch sees no GPU")
+        torch.backends.cudnn.allow_tf32 = False  # as all other products, exact in float32
     module, costs, batch = _TWINS[problem.name.removesuffix("_untied")](problem)
     route = {"PyTorch": _plain, "torch.func": _by_func, "Opacus": _by_opacus}
     run = route.get(name.split(",")[0], _by_backpack)(module, costs, batch, question, problem)
@@ -38,6 +42,11 @@ def prepare(problem: Problem, name: str, question: str) -> Prepared:
 
 def _peak_bytes(run: Callable[[], object]) -> int | None:
     """The most that PyTorch's allocator held during a run beyond what it held before."""
+    if _device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = run()
@@ -147,15 +156,20 @@ def _by_backpack(
 # --- the networks ---
 
 
+def _device() -> torch.device:
+    """Of the kind that JAX computes on."""
+    return torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
+
+
 def _tensor(array: Any) -> torch.Tensor:
-    return torch.from_numpy(np.array(array, order="C"))
+    return torch.from_numpy(np.array(array, order="C")).to(_device())
 
 
 def _load(module: nn.Module, leaves: list[np.ndarray]) -> nn.Module:
     with torch.no_grad():
         for parameter, leaf in zip(module.parameters(), leaves, strict=True):
             parameter.copy_(_tensor(leaf))
-    return module.train()
+    return module.to(_device()).train()
 
 
 def _leaves(problem: Problem) -> list[np.ndarray]:
@@ -207,7 +221,9 @@ class _Transformer(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous()
+        positions = (
+            torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape).contiguous()
+        )
         x = self.embedding(tokens) + self.positions(positions)
         x = x + self.out(self.attention(self.qkv(self.norm_1(x))))
         hidden = functional.gelu(self.up(self.norm_2(x)), approximate="tanh")
@@ -219,7 +235,7 @@ class _Transformer(nn.Module):
         q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)
         # Written out, as torch.func has no batching rule for PyTorch's fused attention on a CPU.
         scores = q @ k.transpose(-1, -2) / (width // self.heads) ** 0.5
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        future = torch.ones(length, length, dtype=torch.bool, device=qkv.device).triu(1)
         mixed = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
         return mixed.transpose(1, 2).reshape(n, length, width)
 
