@@ -115,7 +115,7 @@ def test_the_reference_holds_every_public_name_once():
         for page in (DOCS / "api").glob("*.md")
         for reference in re.findall(r"^::: sgd_jax\.([\w.]+)", page.read_text(), re.MULTILINE)
     ]
-    public = {*sj.__all__, "data", "runs"} - {"__version__"}
+    public = {*sj.__all__, "data", "processes", "runs"} - {"__version__"}
     assert len(found) == len(set(found))
     assert public - set(found) == set(), "give each a line in a page of docs/api/"
     assert set(found) - public == set()
