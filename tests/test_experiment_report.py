@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from absl import flags
 
 from experiments import report
 from sgd_jax import runs
@@ -88,3 +89,33 @@ def test_what_cannot_be_reported_is_refused(interrupted, other, tmp_path):
     (other.path / "report.json").write_text(json.dumps({"title": "x"}))
     with pytest.raises(ValueError, match=r"report\.json is not what a report is made of"):
         report.run([other.path])
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Returns what a browser was asked to show; there is one."""
+    addresses = []
+    monkeypatch.setattr(report.webbrowser, "open", lambda url: addresses.append(url) or True)
+    return addresses
+
+
+def start(folders, *arguments):
+    """Runs the program in this process; returns its exit code."""
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["report", *arguments])
+    return report.main(*map(str, folders))
+
+
+def test_open_shows_the_page_in_a_browser(other, tmp_path, shown, capsys):
+    assert start([other.path], "--noopen") == 0
+    assert shown == []
+    assert start([other.path], "--open", f"--output={tmp_path}/mine.html") == 0
+    assert shown == [(tmp_path / "mine.html").as_uri()]
+    assert capsys.readouterr().out.endswith(f"report: {tmp_path}/mine.html\n")
+
+
+def test_a_user_error_is_one_line_with_exit_code_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        start([tmp_path / "nobody"], "--noopen", "--output=")
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err.startswith("error: run_name is 'nobody', but")
