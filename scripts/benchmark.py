@@ -31,6 +31,10 @@ and moments on an accelerator, the data on it too; beside PyTorch eager, compile
 graphs. Without an accelerator it refuses, or with --tiny runs tiny sizes to try the code. About ten
 minutes; --tables=gpu_epoch,gpu_sweep takes the first two tables.
 
+A picture of what lies in a folder, ratios as bars, is drawn by
+
+    python scripts/benchmark.py --out_dir=FOLDER --figure=docs/figures/benchmark.png
+
 A suite is one function that returns a list of `Suite`, named in `SUITES`.
 """
 
@@ -68,6 +72,19 @@ def write(name: str, results: list[dict], where: dict, folder: Path) -> None:
     (folder / f"{name}.md").write_text(harness.as_markdown(results, where) + "\n")
 
 
+def draw(folder: str | None, path: Path) -> None:
+    """Draws what lies in a folder; without the folder, or anything in it, leaves with an error."""
+    if folder is None:
+        raise app.UsageError("--figure draws what lies in --out_dir; expected that too")
+    from suites.figure import draw_figure  # what it needs, timing does not
+
+    try:
+        headings = draw_figure(Path(folder), path)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    print("\n".join([*headings, f"figure: {path}"]))
+
+
 def define_flags() -> None:
     """Defines the flags: called by the program, not on import, as other programs share names."""
     flags.DEFINE_enum("suite", "epoch", list(SUITES), "What to time.")
@@ -77,6 +94,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_rounds", 7, "Timed rounds.", lower_bound=1)
     flags.DEFINE_bool("keep_freed_memory", True, "Whether glibc keeps large freed blocks.")
     flags.DEFINE_string("out_dir", None, "Where to write <suite>.json and <suite>.md.")
+    flags.DEFINE_string("figure", None, "PNG file to draw from --out_dir; then nothing is timed.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -84,6 +102,9 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     values = flags.FLAGS
+    if values.figure is not None:
+        draw(values.out_dir, Path(values.figure))
+        return
     if values.suite == "sweep":
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     if values.tiny and values.suite != "gpu":

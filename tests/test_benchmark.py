@@ -440,6 +440,39 @@ def test_results_are_written_as_json_and_as_tables(benchmark, harness, tmp_path)
     assert (folder / "epoch.md").read_text() == harness.as_markdown(results, where) + "\n"
 
 
+# The figure
+
+
+def rows(*names, question=""):
+    return [{"contender": n, "question": question, "ratio": 0.5 + k} for k, n in enumerate(names)]
+
+
+def test_the_figure_shows_the_main_tables_of_the_suites_that_are_there(tmp_path):
+    figure = importlib.import_module("suites.figure")
+    tables = {
+        "epoch": [
+            {"suite": "epoch", "work": "one epoch", "rows": rows("sgd_jax", "C", "NumPy")},
+            {"suite": "epoch_wide", "work": "of a wide network", "rows": rows("sgd_jax")},
+        ],
+        "per_example": [
+            {"suite": "mlp", "work": "layers", "rows": rows("BackPACK", question="norms + mean")},
+            {"suite": "conv", "work": "convolutions", "rows": rows("sgd_jax", question="mean")},
+        ],
+    }
+    for suite, content in tables.items():
+        (tmp_path / f"{suite}.json").write_text(json.dumps({"tables": content}))
+    path = tmp_path / "figures" / "benchmark.png"
+    headings = figure.draw_figure(tmp_path, path)
+    assert [heading.rpartition(" ")[2] for heading in headings] == ["epoch", "layers"]
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_of_nothing_is_refused(benchmark, tmp_path):
+    with pytest.raises(SystemExit, match="holds no main table of epoch"):
+        benchmark.draw(str(tmp_path), tmp_path / "benchmark.png")
+    assert not (tmp_path / "benchmark.png").exists()
+
+
 def test_the_program_refuses_a_bad_flag_by_name():
     command = [sys.executable, SCRIPTS / "benchmark.py", "--num_rounds=0"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)

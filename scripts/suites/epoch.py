@@ -94,7 +94,7 @@ def epoch_suite(name: str, problem: EpochProblem) -> Suite:
         ("sgd_jax.make_step in a Python loop", our_steps, (), None),
         ("jitted step of optax in a Python loop", optax_steps, ("optax",), None),
         (
-            "the same, mini-batches taken on the device",
+            "jitted step of optax, mini-batches taken by JAX",
             functools.partial(optax_steps, on_device=True),
             ("optax",),
             3,
