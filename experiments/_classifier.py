@@ -116,26 +116,16 @@ def make_programs(
         examples: Examples,
     ) -> tuple[sj.TrainState, Array]:
         def train_one(state: sj.TrainState, seed: Array) -> tuple[sj.TrainState, Array]:
-            batches = draw_epoch(_split_seed(seed)[1], number, n, batch_size)
+            batches = draw_epoch(split_seed(seed)[1], number, n, batch_size)
             state, info = epoch(state, examples, batches)
             return state, info.cost
 
         return jax.vmap(train_one)(state, numbers)
 
-    @functools.partial(jax.vmap, in_axes=(0, None))
-    def measure(params: Params, data: dict[str, Examples]) -> dict[str, Totals]:
-        return {
-            name: sum_over_chunks(
-                make_totals(fun, output, dataset.num_classes, with_gradient=name == "train"),
-                params,
-                examples,
-                mesh,
-            )
-            for name, examples in data.items()
-        }
+    measure = functools.partial(measure_parts, fun, output, dataset.num_classes, mesh=mesh)
 
     def norms(params: Params, data: dict[str, Examples]) -> dict[str, Totals]:
-        totals = measure(params, data)
+        totals = jax.vmap(measure, in_axes=(0, None))(params, data)
         if "train" not in totals:
             return totals
         norm = jax.vmap(tree_norm)(totals["train"].gradient)
@@ -200,13 +190,13 @@ def make_init(
 
     @jax.vmap
     def init_all(seed: Array) -> sj.TrainState:
-        network = sj.init_network(_split_seed(seed)[0], sizes, init, dtype)
+        network = sj.init_network(split_seed(seed)[0], sizes, init, dtype)
         return sj.init_state(network, optimizer)
 
     return np.arange(seeds.start, seeds.stop, dtype=np.uint32), init_all
 
 
-def _split_seed(seed: Array) -> Array:
+def split_seed(seed: Array) -> Array:
     """Returns two keys: for the network, and for the order of its examples."""
     return jax.random.split(jax.random.key(seed))
 
@@ -240,6 +230,31 @@ class Totals(NamedTuple):
     """Examples answered right, by class: (num_classes,) int32."""
     gradient: Params
     """Of the summed cost; None where it is not wanted."""
+
+
+def measure_parts(
+    fun: CostFn,
+    output: Callable[[Params, Array], Array],
+    num_classes: int,
+    params: Params,
+    data: dict[str, Examples],
+    *,
+    with_gradient: bool = True,
+    mesh: Mesh | None = None,
+) -> dict[str, Totals]:
+    """Returns the totals of one network over each part of the data, by its name.
+
+    Of the part ``"train"`` the gradient too, where it is wanted.
+    """
+    return {
+        name: sum_over_chunks(
+            make_totals(fun, output, num_classes, with_gradient=with_gradient and name == "train"),
+            params,
+            examples,
+            mesh,
+        )
+        for name, examples in data.items()
+    }
 
 
 def make_totals(

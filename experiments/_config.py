@@ -182,11 +182,16 @@ def largest_input(inputs: Any, dtype: str) -> float:
     return max(float(abs(block).max()) for block in data.blocks(inputs))
 
 
-def make_optimizer(config: Config, num_examples: int) -> optax.GradientTransformation:
-    """Returns the optimizer; raises ValueError where name and options do not go together."""
+def make_optimizer(
+    config: Config, num_examples: int, learning_rate: Any = None
+) -> optax.GradientTransformation:
+    """Returns the optimizer; raises ValueError where name and options do not go together.
+
+    A ``learning_rate``, which may be traced, stands in for that of ``config``.
+    """
     return _optimizers.make_optimizer(
         config.optimizer,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate if learning_rate is None else learning_rate,
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay / num_examples,

@@ -42,8 +42,12 @@ class Output:
             )
 
 
-def read_stored(output: Output) -> dict[str, Any] | None:
+def read_stored(output: Output, experiment: str = "train") -> dict[str, Any] | None:
     """Checks that the run can be written; returns `config.json` of the one to resume, or None.
+
+    Args:
+      output: Where the run goes.
+      experiment: The name of the program, whose runs alone it can resume.
 
     Raises:
       ValueError: no name to resume, a bad name, an unknown logger, a damaged `config.json`.
@@ -65,10 +69,10 @@ def read_stored(output: Output) -> dict[str, Any] | None:
     folder.lock.acquire()  # so that who comes second is refused before the data are read
     folder.lock.release()
     stored = folder.read_config()
-    if stored.get("experiment") != "train":
+    if stored.get("experiment") != experiment:
         raise ValueError(
             f"{folder.config_path} is of experiment {stored.get('experiment')!r}; expected a run "
-            "of train: only these can be resumed"
+            f"of {experiment}: only these can be resumed by it"
         )
     for name, kind in (("data_sha256", str), ("versions", dict), ("device", dict)):
         if not isinstance(stored.get(name), kind):
