@@ -134,6 +134,13 @@ GROUPS: HelpGroups = {
     ),
 }
 
+BATCH_SIZES = flags.DEFINE_list(
+    "batch_sizes",
+    None,
+    "Mini-batch sizes m; full is all n. What they are by default is said above.",
+)
+"""Of the programs that compare several."""
+
 
 def given_settings(groups: HelpGroups = GROUPS) -> dict[str, Any]:
     """Returns the settings that the command line names, parsed, by name.

@@ -11,10 +11,10 @@ a run of `experiments.train`. Leaves table, figures and report in a run folder.
   python -m experiments.compare_gradients --run=runs/mine
 
 Expected: measured over exact error is 1 to within a few of the standard errors beside it, and the
-error is zero to rounding at m = n unless drawn with replacement. Second command: every ratio
-measured lies within 2 % of 1, with standard errors of about 1 %; the table is in
-docs/results/compare_gradients_mnist.md. Its time goes into the largest m: 2,000 estimates are
-2,000 m gradients of examples.
+error is zero to rounding at m = n unless drawn with replacement. Sizes, unless given: 1, 3, 10, 30,
+… up to n. Second command: every ratio measured lies within 2 % of 1, with standard errors of about
+1 %; the table is in docs/results/compare_gradients_mnist.md. Its time goes into the largest m:
+2,000 estimates are 2,000 m gradients of examples.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ from experiments import (
     _cli,
     _comparison,
     _comparison_figures,
+    _flags,
     _processes,
     _recorded,
     _starting_point,
@@ -200,9 +201,6 @@ TABLE = _tabled.Table(
 )
 
 
-_BATCH_SIZES = flags.DEFINE_list(
-    "batch_sizes", None, "Sizes m; full is all n. By default 1, 3, 10, 30, … up to n."
-)
 _SCHEMES = flags.DEFINE_list(
     "schemes", None, f"Any of {', '.join(_comparison.SCHEMES)}; by default all that are defined."
 )
@@ -220,7 +218,7 @@ _RUN = flags.DEFINE_string(
     "run", None, "Folder of a run of experiments.train: compare at its last checkpoint."
 )
 GROUPS = _tabled.groups(
-    {"Comparison": (_BATCH_SIZES, _SCHEMES, _NUM_DRAWS, _MIN_DRAWN, _FLOOR, _RUN)},
+    {"Comparison": (_flags.BATCH_SIZES, _SCHEMES, _NUM_DRAWS, _MIN_DRAWN, _FLOOR, _RUN)},
     "num_seeds",
     shared=("Data", "Network", "Training", "Seeds", _processes.HEADING, "Run folder"),
 )

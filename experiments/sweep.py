@@ -3,8 +3,9 @@
 Trains the textbook network with every learning rate and mini-batch size given, from several seeds,
 as one compiled program for each size: the rates of a seed walk through one order of the examples
 together, and each CPU core, or each device, takes its share of the runs. Every run is the one that
-`experiments.train` makes of its seed, rate and size, to rounding. Leaves table, heat map, CSV files
-and report in a run folder.
+`experiments.train` makes of its seed, rate and size, to rounding. Unless told otherwise: m = 1, 10
+and 100, eight rates, 4 seeds, 10 epochs. Leaves table, heat map, CSV files and report in a run
+folder.
 
   python -m experiments.sweep
   python -m experiments.sweep --dataset=mnist --init=normal --learning_rates=0.3,1,3,10,30 \
@@ -51,14 +52,16 @@ class Grid:
 
     learning_rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
     batch_sizes: tuple[int, ...] = (1, 10, 100)
+    """0 is all examples."""
 
     def __post_init__(self):
         """Raises ValueError at what is wrong whatever the data are."""
         for name, values, expected in (
             ("learning_rates", self.learning_rates, "finite numbers above 0, each once"),
-            ("batch_sizes", self.batch_sizes, "whole numbers of at least 1, each once"),
+            ("batch_sizes", self.batch_sizes, "whole numbers of at least 1, or full, each once"),
         ):
-            good = all(0 < value < math.inf for value in values)
+            least = 0 if name == "batch_sizes" else math.ulp(0.0)  # 0 is full
+            good = all(least <= value < math.inf for value in values)
             if not values or not good or len(set(values)) < len(values):
                 shown = ",".join(f"{value:g}" for value in values)
                 raise ValueError(f"{name} is {shown!r}; expected {expected}")
@@ -71,9 +74,7 @@ GROUPS = {
             [f"{rate:g}" for rate in Grid.learning_rates],
             "η of the runs, times the mean gradient of a mini-batch.",
         ),
-        flags.DEFINE_list(
-            "batch_sizes", list(map(str, Grid.batch_sizes)), "Examples per step of the runs."
-        ),
+        _flags.BATCH_SIZES,
     ),
     **{
         heading: tuple(
@@ -401,9 +402,9 @@ def main() -> int:
     with _cli.user_errors():
         given = _flags.given_settings(GROUPS)
         own, output = _tabled.take(given, Grid), Output(**_tabled.take(given, Output))
-        for name, kind in (("learning_rates", float), ("batch_sizes", int)):
+        for name, parse in (("learning_rates", float), ("batch_sizes", _parse_batch_size)):
             if name in own:
-                own[name] = _parse_numbers(name, own[name], kind)
+                own[name] = _parse_numbers(name, own[name], parse)
         stored = _recorded.read_stored(output, experiment="sweep")
         if stored is None:
             given = {"num_seeds": _NUM_SEEDS, "epochs": _EPOCHS} | given
@@ -417,6 +418,8 @@ def main() -> int:
             config, dataset = _starting_point.prepare(
                 _recorded.merge_settings(settings, given, free)
             )
+        n = len(dataset.train.labels)
+        grid = dataclasses.replace(grid, batch_sizes=tuple(m or n for m in grid.batch_sizes))
         if config.epochs < 1:
             raise ValueError("epochs is 0; expected at least 1 to compare anything")
         config = check(config, grid, dataset)
@@ -427,9 +430,13 @@ def main() -> int:
     return _tabled.record(folder, notes, num_rows, find)
 
 
-def _parse_numbers(name: str, words: list[str], kind: type) -> tuple[Any, ...]:
+def _parse_batch_size(word: str) -> int:
+    return 0 if word == "full" else int(word)
+
+
+def _parse_numbers(name: str, words: list[str], parse: Callable[[str], Any]) -> tuple[Any, ...]:
     try:
-        return tuple(kind(word) for word in words)
+        return tuple(map(parse, words))
     except ValueError as error:
         raise ValueError(
             f"{name} is {','.join(words)!r}; expected numbers with commas between, as in "
