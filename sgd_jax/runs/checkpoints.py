@@ -144,7 +144,7 @@ def read_checkpoint(path: Path, like: PyTree) -> Snapshot:
     Args:
       path: The folder.
       like: A state with the structure, shapes and dtypes of those saved; `jax.ShapeDtypeStruct`
-        will do.
+        will do. It comes to lie where ``like`` does, or on one device where that is not said.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -154,6 +154,7 @@ def read_checkpoint(path: Path, like: PyTree) -> Snapshot:
     if not epochs:
         raise FileNotFoundError(f"{path} holds no checkpoint")
     checkpoint = (path / str(epochs[0])).absolute()
+    like = jax.tree.map(_with_sharding, like)
     before = f"that of epoch {epochs[1]}" if len(epochs) > 1 else "the beginning"
     remedy = f"Resume the run: it then goes on from {before}, if that is whole"
     try:
@@ -174,6 +175,12 @@ def read_checkpoint(path: Path, like: PyTree) -> Snapshot:
         return _restore(checkpoint, like)
     except ValueError as error:
         raise ValueError(f"{checkpoint} is damaged ({_first_line(error)}). {remedy}") from error
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a leaf with a place, which orbax asks for where other devices have saved it."""
+    place = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _epochs(path: Path) -> list[int]:

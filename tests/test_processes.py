@@ -1,0 +1,226 @@
+"""Real processes over loopback: the numbers of one, and any number of them to go on with."""
+
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import eight_devices
+import jax
+import joined
+import numpy as np
+import pytest
+
+from experiments import train
+from experiments._config import Config
+from sgd_jax import processes, runs
+
+ROOT = pathlib.Path(train.__file__).parents[1]
+PATIENT = "--peer_timeout=3000"  # a test machine may stand still for a while
+
+
+def run_together(*commands):
+    """Runs programs at the same time; returns exit code, stdout and stderr of each."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": "",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for command in commands
+    ]  # fmt: skip
+    try:
+        texts = [process.communicate(timeout=1800) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *text) for process, text in zip(started, texts, strict=True)]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_program(name, count, out_dir, *arguments):
+    """Runs an experiment in so many processes as a user does; returns what each printed."""
+    joining = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}", PATIENT]
+    common = ["-m", f"experiments.{name}", "--smoke", "--dtype=float64", f"--out_dir={out_dir}"]
+    done = run_together(
+        *([*common, *arguments, *joining, f"--process_id={k}"] for k in range(count))
+    )
+    for code, _, errors in done:
+        assert code == 0, errors
+    return [output for _, output, _ in done]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run begun by two processes and gone on with by four, and their output."""
+    out_dir = tmp_path_factory.mktemp("runs")
+    name = "--run_name=shared"
+    outputs = run_program("train", 2, out_dir, name, "--epochs=1")
+    outputs += run_program("train", 4, out_dir, name, "--epochs=2", "--resume")
+    return runs.RunFolder(out_dir / "shared"), outputs
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The records of the same run by this process on one device."""
+    return train.run(Config(dtype="float64", smoke=True, epochs=2)).records
+
+
+def assert_same_records(found, expected):
+    assert [line["epoch"] for line in found] == [line["epoch"] for line in expected]
+    for line, other in zip(found, expected, strict=True):
+        for name in other.keys() - {"seconds", "examples_per_second"}:
+            if other[name] is None:  # undetermined
+                assert line[name] is None, name
+            else:
+                assert line[name] == pytest.approx(other[name], rel=1e-11, abs=1e-13), name
+
+
+def test_two_processes_and_then_four_train_as_one_does(trained, alone):
+    folder, _ = trained
+    assert_same_records(folder.read_metrics(), alone)
+
+
+def test_only_the_first_process_writes_and_prints(trained):
+    folder, outputs = trained
+    is_said = ["run folder:" in output for output in outputs]
+    assert is_said == [True, False, True, False, False, False]
+    silent = [output for output, said in zip(outputs, is_said, strict=True) if not said]
+    assert all(re.fullmatch(r"(\[Gloo\] .*\n)*", output) for output in silent)
+    assert "on 4 × cpu in 4 processes" in outputs[2]
+    assert [path.name for path in folder.path.parent.iterdir()] == ["shared"]
+    assert folder.read_summary()["epochs"] == 2
+
+
+def test_a_checkpoint_of_four_processes_is_read_by_one(trained):
+    folder, _ = trained
+    config = Config(dtype="float64", smoke=True, epochs=3)
+    state = {}
+
+    def restore(like):
+        state["snapshot"] = runs.read_checkpoint(folder.checkpoints_path, like)
+        return state["snapshot"]
+
+    gone_on = train.run(config, restore=restore).records
+    assert state["snapshot"].epoch == 2
+    undisturbed = train.run(config).records
+    assert_same_records(gone_on, undisturbed[3:])
+
+
+@pytest.mark.slow
+def test_two_processes_measure_noise_as_one_does(tmp_path, trained):
+    run_program("noise_scale", 2, tmp_path, "--run_name=noise", "--epochs=1")
+    config = Config(dtype="float64", smoke=True, epochs=1, track_noise=True, noise_examples=200)
+    found = runs.RunFolder(tmp_path / "noise").read_metrics()
+    assert_same_records(found, train.run(config).records)
+
+
+@pytest.mark.slow
+def test_two_processes_compare_gradients_as_one_does(tmp_path, trained):
+    folder, _ = trained
+    few = ["--schemes=without_replacement,stratified", "--batch_sizes=10,100", "--num_draws=30"]
+    common = [f"--run={folder.path}", *few]
+    run_program("compare_gradients", 2, tmp_path, "--run_name=two", *common)
+    command = ["-m", "experiments.compare_gradients", "--smoke", "--dtype=float64", *common]
+    ((code, _, errors),) = run_together([*command, f"--out_dir={tmp_path}", "--run_name=one"])
+    assert code == 0, errors
+    tables = [np.genfromtxt(tmp_path / name / "table.csv", delimiter=",", names=True,
+                            encoding="utf-8", dtype=None) for name in ("one", "two")]  # fmt: skip
+    for name in ("predicted", "measured", "mean_cosine", "cosine_5"):
+        np.testing.assert_allclose(tables[1][name], tables[0][name], rtol=1e-10)
+
+
+# The library itself
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What `joined` found in each of two processes."""
+    folder, port = tmp_path_factory.mktemp("joined"), free_port()
+    paths = [folder / f"{k}.npz" for k in range(2)]
+    done = run_together(*([joined.__file__, port, k, path] for k, path in enumerate(paths)))
+    for code, _, errors in done:
+        assert code == 0, errors
+    return [dict(np.load(path)) for path in paths]
+
+
+def test_examples_of_which_each_process_has_half_give_the_numbers_of_all(both):
+    examples = jax.tree.map(lambda leaf: leaf[: joined.ROWS], eight_devices.problem()[1])
+    expected = eight_devices.flat("", joined.answers(None, examples, examples))
+    assert len(expected) > 5
+    for found in both:
+        for name, value in expected.items():
+            scale = 1e-12 * np.abs(value).max()
+            np.testing.assert_allclose(found[name], value, rtol=0, atol=scale, err_msg=name)
+
+
+def test_the_first_process_tells_the_others_what_it_found_or_why_not(both):
+    first, second = (list(found["told"]) for found in both)
+    assert first == [
+        "{'by': 0, 'text': '∇C'}",
+        "IndexError: list index out of range",
+        "OtherProcessError: process 1 has failed, and says why itself",
+        "0",
+    ]
+    assert second == [
+        "{'by': 0, 'text': '∇C'}",
+        "OtherProcessError: in process 0: list index out of range",
+        "ZeroDivisionError: integer division or modulo by zero",
+        "1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"coordinator": "here:1"}, ValueError, "coordinator given without num_processes and "
+         "process_id; give all three, or coordinator=auto alone"),
+        ({"num_processes": 2, "process_id": 0}, ValueError, "given without coordinator"),
+        ({"coordinator": "auto", "process_id": 0}, ValueError, "auto, which finds process_id too"),
+        ({"coordinator": "here", "num_processes": 2, "process_id": 0}, ValueError,
+         "coordinator is 'here'; expected host:port of process 0"),
+        ({"coordinator": "here:99999", "num_processes": 2, "process_id": 0}, ValueError,
+         "expected host:port of process 0"),
+        ({"coordinator": "here:1", "num_processes": 0, "process_id": 0}, ValueError,
+         "num_processes must be at least 1"),
+        ({"coordinator": "here:1", "num_processes": 2, "process_id": 2}, ValueError,
+         "process_id is 2; expected 0 to num_processes − 1 = 1"),
+        ({"coordinator": "here:1", "num_processes": 2, "process_id": "a"}, TypeError,
+         "process_id must be a whole number"),
+        ({"coordinator": "here:1", "num_processes": 2, "process_id": 0, "peer_timeout": 0},
+         ValueError, "peer_timeout must be at least 1"),
+    ],
+)  # fmt: skip
+def test_processes_that_cannot_be_joined_are_refused_before_anything_is_tried(
+    arguments, error, message
+):
+    with pytest.raises(error, match=re.escape(message)):
+        processes.initialize(**arguments)
+
+
+def test_auto_where_nothing_tells_of_processes_says_what_to_give(monkeypatch):
+    def find_nothing(**timeouts):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", find_nothing)
+    with pytest.raises(ValueError, match="neither SLURM, Kubernetes, MPI nor a TPU pod"):
+        processes.initialize(processes.AUTO)
+
+
+def test_without_arguments_a_process_computes_alone(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", None)  # called, it would raise
+    processes.initialize()
+    assert processes.is_first()
+    assert processes.from_first(lambda: (1, 2)) == (1, 2)
+    assert processes.in_all(lambda: 3) == 3
