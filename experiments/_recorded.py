@@ -123,10 +123,10 @@ def _check_metrics(folder: runs.RunFolder, records: list[runs.Record]) -> None:
     """Raises ValueError, with its number, at a line of metrics that cannot be summed up."""
     for number, line in enumerate(records, start=1):
         try:
-            runs.summarize([line])
-            runs.format_record(line)
             if _layout(line) != _layout(records[0]):
                 raise ValueError("it measures other things than the first line")
+            runs.summarize([line])
+            runs.format_record(line)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{folder.metrics_path}, line {number}, is damaged ({type(error).__name__}: "
@@ -137,7 +137,8 @@ def _check_metrics(folder: runs.RunFolder, records: list[runs.Record]) -> None:
 def _layout(line: runs.Record) -> dict[str, int]:
     """Returns the number of seeds that each name of a line has a value for."""
     for name, value in line.items():
-        if not all(isinstance(number, int | float | None) for number in runs.per_seed(value)):
+        numbers = runs.per_seed(value)
+        if not numbers or not all(isinstance(number, int | float | None) for number in numbers):
             raise TypeError(f"{name} is {value!r:.40}")
     return {name: len(runs.per_seed(value)) for name, value in line.items()}
 

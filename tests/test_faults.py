@@ -5,7 +5,9 @@ import contextlib
 import multiprocessing
 import os
 import pathlib
+import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl import flags
 
 import sgd_jax as sj
 from experiments import _recorded, _signals, train
@@ -393,3 +396,47 @@ def test_nan_from_step_k_stops_at_k_and_names_it_and_the_first_seed(monkeypatch,
     with pytest.raises(_recorded.DivergenceError, match=where):
         train.run(config, digits._replace(**few), on_epoch=lambda s, line: kept.append(line))
     assert [line["epoch"] for line in kept] == list(range(1 + step // 6))
+
+
+# What lies in a run folder
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def garble(path):
+    path.write_bytes(path.read_bytes().replace(b": ", b";", 1))
+
+
+def blind(path):
+    path.write_bytes(
+        path.read_bytes().replace(b'"accuracy_test": ', b'"accuracy_test": "x", "a": ')
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("config.json", cut, r"config.json is damaged: .*; expected a JSON object"),
+        ("config.json", garble, r"config.json is damaged: .*; expected a JSON object"),
+        ("summary.json", cut, r"summary.json is damaged: .*; expected a JSON object"),
+        ("metrics.jsonl", garble, r"metrics.jsonl, line 1, is damaged: .*; expected a JSON object"),
+        ("metrics.jsonl", blind, r"line 1, is damaged \(TypeError: accuracy_test is 'x'\)"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_when_it_is_resumed(
+    place, tmp_path, capsys, name, damage, message
+):
+    shutil.copytree(place / "runs" / "undisturbed", tmp_path / "copy")
+    damage(tmp_path / "copy" / name)
+    before = (tmp_path / "copy" / name).read_bytes()
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["train", f"--out_dir={tmp_path}", "--run_name=copy", "--resume", "--epochs=61"])
+    with pytest.raises(SystemExit) as leaving:
+        train.main()
+    assert leaving.value.code == 2
+    printed = capsys.readouterr().err
+    assert re.search(message, printed)
+    assert printed.count("\n") == 1
+    assert (tmp_path / "copy" / name).read_bytes() == before

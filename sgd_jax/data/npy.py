@@ -12,6 +12,9 @@ def read_npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     Raises:
       ValueError: The stream does not begin with a header of the format.
     """
-    version = npy.read_magic(stream)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    return read(stream)
+    try:
+        version = npy.read_magic(stream)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        return read(stream)
+    except Exception as error:  # NumPy takes the header for Python: of a forged one comes anything
+        raise ValueError(f"{type(error).__name__}: {error}") from error

@@ -1,6 +1,8 @@
 """A data set of one's own, as arrays in an `.npz` file."""
 
+import lzma
 import math
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -21,6 +23,17 @@ from sgd_jax.data.examples import Dataset, Examples, check_labels
 from sgd_jax.data.npy import read_npy_header
 
 _MAX_DEFLATE_RATIO = 1032  # two bits can stand for 258 bytes, not more
+_ZIP_ERRORS = (  # what the readers of the standard library make of a damaged file
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    UnicodeDecodeError,
+)
 
 
 def load_npz(path: Path) -> Dataset:
@@ -55,7 +68,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
                 headers = {name: _read_header(path, archive, name) for name in names}
                 check_headers(headers)
                 return {name: _read_array(path, archive, name) for name in names}
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+        except _ZIP_ERRORS as error:
             raise _damaged(path, f"is a zip file that does not open: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import logging
 import os
 import re
@@ -159,7 +160,9 @@ def read_checkpoint(path: Path, like: PyTree) -> Snapshot:
     remedy = f"Resume the run: it then goes on from {before}, if that is whole"
     try:
         _check_digests(checkpoint)
-        metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint / _STATE)).tree
+        with _silent_threads():
+            handler = ocp.StandardCheckpointHandler()
+            metadata = handler.metadata(epath.Path(checkpoint / _STATE)).tree
         saved, wanted = (
             {f"{name} {leaf.dtype}{tuple(leaf.shape)}" for name, leaf in leaves.items()}
             for leaves in (metadata, _named_leaves(like))
@@ -193,16 +196,19 @@ def _restore(checkpoint: Path, like: PyTree) -> Snapshot:
     """Returns what a checkpoint holds; raises ValueError unless it is whole."""
     _check_digests(checkpoint)
     try:
-        handler = ocp.JsonCheckpointHandler(filename=_METRICS)
-        with ocp.Checkpointer(handler) as reader:
-            record = reader.restore(checkpoint / _METRICS)
-        if record["epoch"] != int(checkpoint.name):
-            raise ValueError(f"it holds epoch {record['epoch']}")
-        abstract = _named_leaves(like)
-        _read_all(checkpoint / _STATE)
-        with ocp.StandardCheckpointer() as reader:
-            leaves = reader.restore(checkpoint / _STATE, abstract)
-        state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in abstract])
+        with _silent_threads():
+            handler = ocp.JsonCheckpointHandler(filename=_METRICS)
+            with ocp.Checkpointer(handler) as reader:
+                record = reader.restore(checkpoint / _METRICS)
+            if record["epoch"] != int(checkpoint.name):
+                raise ValueError(f"it holds epoch {record['epoch']}")
+            abstract = _named_leaves(like)
+            _read_all(checkpoint / _STATE)
+            with ocp.StandardCheckpointer() as reader:
+                leaves = reader.restore(checkpoint / _STATE, abstract)
+            state = jax.tree.unflatten(
+                jax.tree.structure(like), [leaves[name] for name in abstract]
+            )
     except Exception as error:  # of damaged files orbax makes anything
         raise ValueError(_first_line(error)) from error
     return Snapshot(record["epoch"], state, record)
@@ -267,22 +273,31 @@ def _disk_error(error: Exception) -> str | None:
 def _silent_threads() -> Iterator[None]:
     """Keeps the threads of orbax from printing tracebacks of what it also raises.
 
-    After a failure some of them go on for a while, and find its event loop closed.
+    After a failure some of them go on for a while, and find its event loop closed or their
+    coroutine abandoned.
     """
-    logger, tell = logging.getLogger("absl"), sys.unraisablehook
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
-
-    def tell_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            tell(unraisable)
-
     logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = tell_others
+    if not isinstance(hook, _UnraisableHook):
+        sys.unraisablehook = _UnraisableHook(hook)
     try:
         yield
-        sys.unraisablehook = tell
+        sys.unraisablehook = hook
     finally:
         logger.setLevel(level)
+
+
+class _UnraisableHook:
+    """Tells of all but what threads of orbax leave behind."""
+
+    def __init__(self, tell: Callable[[Any], Any]):
+        self._tell = tell
+
+    def __call__(self, unraisable: Any) -> None:
+        abandoned = inspect.iscoroutine(unraisable.object)
+        if not abandoned and str(unraisable.exc_value) != "Event loop is closed":
+            self._tell(unraisable)
 
 
 def _first_line(error: Exception) -> str:

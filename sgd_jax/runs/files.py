@@ -1,11 +1,14 @@
 """Files that are whole at any moment, and clear words about those that are not."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from sgd_jax import processes
+
+_MAX_DIGITS = 20  # of a whole number: any of 64 bits
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -39,7 +42,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_object(text: bytes, name: str) -> dict[str, Any]:
     """Returns the JSON object that ``text`` is; raises ValueError, with ``name``, otherwise."""
     try:
-        value = json.loads(text.decode("utf-8"), parse_constant=_refuse)
+        value = json.loads(
+            text.decode("utf-8"), parse_constant=_refuse, parse_int=_int, parse_float=_float
+        )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is damaged: {error}; expected a JSON object") from error
     if not isinstance(value, dict):
@@ -49,3 +54,16 @@ def parse_object(text: bytes, name: str) -> dict[str, Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _int(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is too large")
+    return value
