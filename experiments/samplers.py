@@ -178,11 +178,12 @@ def run(
         least = (
             least_cost(problem, examples, np.dtype(training.dtype)) if name == "convex" else None
         )
+        first = _first(problem, training)
         for sampler in SAMPLERS:
             price = gradients_of_round(sampler, n, m)
             num_rounds = max(1, training.epochs * n // price)
             make_round = make_sampler(sampler, problem.fun, dataset.train.labels, config, training)
-            costs, norms, path = _train(problem, make_round, examples, training, num_rounds)
+            costs, norms, path = _train(problem, make_round, examples, first, num_rounds)
             final = np.median(np.where(np.isfinite(costs), costs, np.inf)[:, :, -1], axis=1)
             best = int(np.argmin(final))
             row = {
@@ -279,7 +280,7 @@ def make_sampler(
     n, m = len(labels), training.batch_size
     strata = jnp.asarray(np.unique(labels, return_inverse=True)[1])
     sizes = proportional_allocation(np.bincount(strata), m) if name == "stratified" else ()
-    gradient = sj.per_example_grad(fun)
+    costs = jax.vmap(fun, in_axes=(None, 0))
     svrg = control_variate(fun)
 
     def walk(params: Params, examples: Any, key: Array, rate: Array) -> Params:
@@ -299,7 +300,7 @@ def make_sampler(
                 sample = sampling.without_replacement(key, n, m)
             chosen = jax.tree.map(lambda leaf: leaf[sample.indices], examples)
             if anchor is None:
-                estimate = gradient(params, chosen).sum(sample.weights)
+                estimate = jax.grad(lambda p: sample.weights @ costs(p, chosen))(params)
             else:
                 estimate = svrg(params, anchor, chosen, sample.weights)
             return tree_axpy(-rate, estimate, params), None
@@ -315,8 +316,26 @@ def _norms(fun: CostFn, params: Params, examples: Any) -> Array:
     return jnp.sqrt(sj.per_example_grad(fun, chunk_size=size)(params, examples).squared_norms())
 
 
+def _first(problem: Problem, training: Training) -> tuple[Params, Array]:
+    """Returns the networks before the first step and a key for the draws, one of each a seed."""
+
+    @jax.jit
+    @jax.vmap
+    def first(seed: Array) -> tuple[Params, Array]:
+        keys = jax.random.split(jax.random.key(seed))
+        dtype = np.dtype(training.dtype)
+        return sj.init_network(keys[0], problem.sizes, training.init, dtype), keys[1]
+
+    seeds = range(training.seed, training.seed + training.num_seeds)
+    return first(jnp.array(seeds, jnp.uint32))
+
+
 def _train(
-    problem: Problem, make_round: Round, examples: Any, training: Training, num_rounds: int
+    problem: Problem,
+    make_round: Round,
+    examples: Any,
+    first: tuple[Params, Array],
+    num_rounds: int,
 ) -> tuple[np.ndarray, np.ndarray, Params]:
     """Trains with all learning rates and seeds at once; returns what is there after each round.
 
@@ -329,24 +348,20 @@ def _train(
         cost, gradient = mean_cost(params, examples)
         return cost, tree_dot(gradient, gradient)
 
-    def train_one(rate: Array, seed: Array) -> tuple[Array, Array, Params]:
-        keys = jax.random.split(jax.random.key(seed))
-        first = sj.init_network(keys[0], problem.sizes, training.init, np.dtype(training.dtype))
+    def train_one(rate: Array, first: tuple[Params, Array]) -> tuple[Array, Array, Params]:
+        params, key = first
 
-        def one(params: Params, number: Array) -> tuple[Params, tuple[Array, Array, Params]]:
-            key = jax.random.fold_in(keys[1], number)
-            after = make_round(params, examples, key, rate)
-            return after, (*measure(params), params)
+        def one(params: Params, number: Array) -> tuple[Params, Params]:
+            return make_round(params, examples, jax.random.fold_in(key, number), rate), params
 
-        last, (costs, norms, path) = jax.lax.scan(one, first, jnp.arange(num_rounds))
-        cost, norm = measure(last)
-        joined = jax.tree.map(lambda leaf, end: jnp.concatenate([leaf, end[None]]), path, last)
-        return jnp.append(costs, cost), jnp.append(norms, norm), joined
+        last, path = jax.lax.scan(one, params, jnp.arange(num_rounds))
+        path = jax.tree.map(lambda leaf, end: jnp.concatenate([leaf, end[None]]), path, last)
+        return *jax.lax.map(measure, path), path
 
     over_seeds = jax.vmap(train_one, in_axes=(None, 0), out_axes=(0, 0, 1))
     train_all = jax.jit(jax.vmap(over_seeds, in_axes=(0, None), out_axes=(0, 0, 1)))
-    seeds = jnp.arange(training.seed, training.seed + training.num_seeds, dtype=jnp.uint32)
-    costs, norms, path = train_all(jnp.asarray(RATES, np.dtype(training.dtype)), seeds)
+    rates = jnp.asarray(RATES, jax.tree.leaves(first[0])[0].dtype)
+    costs, norms, path = train_all(rates, first)
     return np.asarray(costs, np.float64), np.asarray(norms, np.float64), path
 
 
