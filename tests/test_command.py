@@ -18,7 +18,7 @@ from experiments import __main__ as command
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = {"compare": "compare_gradients", "noise": "noise_scale"} | {
-    name: name for name in ("train", "report")
+    name: name for name in ("train", "sweep", "report")
 }
 
 
