@@ -71,7 +71,7 @@ def draw(path: Path, epochs: np.ndarray, memory: np.ndarray, seconds: np.ndarray
     right.plot(epochs[1:], seconds, ".", color="#228833", markersize=4)
     right.set_title("CPU seconds an epoch, measuring and saving included", fontsize=11)
     for axis in (left, right):
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
     runs.save_figure(path, figure)
