@@ -108,6 +108,7 @@ def make_programs(
             chunks = open_epoch(batch_size, number)
             for index, chunk in enumerate(data.prefetched(chunks, put, num_done), num_done):
                 state, costs = compiled[chunks.num_rows(index)](state, chunk)
+                del chunk  # or it would be kept until the next one is here
                 yield Part(state, costs, chunks.steps(index), chunks.num_steps)
 
         return run
@@ -133,6 +134,7 @@ def make_programs(
                 shapes = jax.eval_shape(add, None, params, block)
                 totals = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             totals = jax.block_until_ready(add(totals, params, block))  # one block at a time
+            del block
         assert totals is not None  # no part is empty
         return totals
 

@@ -14,6 +14,7 @@ from sgd_jax.data.idx import read_idx_header
 from sgd_jax.data.npy import read_npy_header
 
 _BLOCK_BYTES = 16 << 20
+_ALIGNMENT = 64
 
 
 class Rows:
@@ -55,7 +56,7 @@ class Rows:
         """Returns all rows, read."""
         if copy is False:
             raise ValueError("rows are on the disk: reading them makes a copy")
-        array = np.empty(self.shape, dtype or self.dtype)
+        array = _empty(self.shape, np.dtype(dtype or self.dtype))
         for part, first in zip(self.parts, self._starts, strict=False):
             array[first : first + len(part)] = part
         return array
@@ -74,7 +75,7 @@ class Rows:
             raise ValueError("indices must ascend; sort them, and put the rows in order after")
         if len(indices) and not 0 <= indices[0] <= indices[-1] < len(self):
             raise IndexError(f"indices must lie in [0, {len(self)}), got {indices[[0, -1]]}")
-        rows = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        rows = _empty((len(indices), *self.shape[1:]), self.dtype)
         cuts = np.searchsorted(indices, self._starts)
         for part, first, a, b in zip(self.parts, self._starts, cuts[:-1], cuts[1:], strict=False):
             if part.dtype == self.dtype:  # into place: no second copy, and no lock on Python
@@ -140,6 +141,14 @@ def as_examples(inputs: Rows, labels: Rows) -> Examples:
     """Returns examples that stay on the disk: `Rows` stand in for the arrays."""
     arrays: Any = (inputs, labels)
     return Examples(*arrays)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an array that `jax.device_put` on a CPU takes as it is, without a copy: aligned."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _map_file(path: Path) -> np.ndarray:
