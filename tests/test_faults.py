@@ -117,6 +117,30 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_undisturbed(place):
     assert runs.RunFolder(path).read_summary()["status"] == "complete"
 
 
+def start_pair(place, *arguments):
+    """Starts two processes that train as one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    joined = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--peer_timeout=600"]
+    return [Program(place, *arguments, *joined, f"--process_id={k}") for k in range(2)]
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_killed_the_other_says_so_and_the_run_goes_on(place):
+    folder = runs.RunFolder(place / "runs" / "pair")
+    first, second = start_pair(place, *SETTINGS, "--run_name=pair", "--epochs=100000")
+    wait_for(lambda: faults.num_lines(folder) > 3, first)
+    second.kill()
+    assert first.wait() == 1, first.printed()
+    assert "error: process 0 has lost another process of its run" in first.printed()
+    epochs = f"--epochs={faults.num_lines(folder) + 1}"
+    for arguments in (["--run_name=pair", "--resume"], ["--run_name=pair_undisturbed", *SETTINGS]):
+        for program in start_pair(place, *arguments, epochs):
+            assert program.wait() == 0, program.printed()
+    assert faults.metrics(folder.path) == faults.metrics(place / "runs" / "pair_undisturbed")
+
+
 # Stopped
 
 
