@@ -7,6 +7,7 @@ A program of its own, for the number of devices of a process is set before JAX s
 It stores what each call returns, by the names in `results`.
 """
 
+import re
 import sys
 
 import jax
@@ -155,6 +156,25 @@ RESULTS = {
 """By name, a function from a mesh, or None, to what is compared, and the numbers of devices."""
 
 
+def collectives():
+    """Returns kind and bytes of each collective in the program of an epoch on 8 devices."""
+    params, examples = problem()
+    optimizer, mesh = sj.sgd(1.0), sharding.data_mesh()
+    batches = sampling.epoch(jax.random.key(6), N, 16)
+    run = jax.jit(sj.make_epoch(fun, optimizer, mesh=mesh))
+    text = run.lower(sj.init_state(params, optimizer), examples, batches).compile().as_text()
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all"
+    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
+    return [
+        (kind, sum(map(_bytes, re.findall(r"(\w+)\[([\d,]*)\]", shape)))) for shape, kind in found
+    ]
+
+
+def _bytes(shape):
+    dtype, lengths = shape
+    return int(dtype[1:]) // 8 * int(np.prod([int(n) for n in lengths.split(",") if n]))
+
+
 def flat(name, tree):
     """Returns the leaves of a tree by name, as NumPy arrays."""
     return {
@@ -167,7 +187,8 @@ def main(path):
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     assert jax.device_count() == 8
-    found = {}
+    kinds, sizes = zip(*collectives(), strict=True)
+    found = {"collective_kinds": np.array(kinds), "collective_bytes": np.array(sizes)}
     for name, (function, nums) in RESULTS.items():
         for num in nums:
             mesh = sharding.data_mesh(jax.devices()[:num])

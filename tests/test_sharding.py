@@ -48,6 +48,16 @@ def test_the_number_of_devices_changes_nothing_beyond_rounding(on_devices, name)
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * scale, err_msg=key)
 
 
+def test_a_step_sums_the_gradient_and_the_cost_over_devices_and_little_else(on_devices):
+    params, _ = eight_devices.problem()
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    num_steps = eight_devices.N // 16
+    assert set(on_devices["collective_kinds"]) == {"all-reduce"}
+    rest, of_a_step = sorted(on_devices["collective_bytes"])
+    assert of_a_step == 8 * (num_parameters + 1)  # float64
+    assert rest == 8 * num_steps  # outside the loop: how many examples each mini-batch has
+
+
 MESH = sharding.data_mesh()  # of one device
 
 
