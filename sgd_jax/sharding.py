@@ -94,8 +94,8 @@ def like_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
 def shard_examples(examples: Examples, mesh: Mesh, *, pad: bool = False) -> Examples:
     """Returns examples cut along the mesh axis ``"data"``: each device holds its share of rows.
 
-    For means over a data set larger than the memory of one device, as in `gradient_moments`. Indices
-    count as before; but in `make_epoch` the compiler may put the examples together again.
+    For means over a data set larger than one device, as in `gradient_moments`. Indices count as
+    before; but in `make_epoch` the compiler may put the examples together again.
 
     Args:
       examples: a pytree whose leaves have leading axis n; on several hosts the same on each, which
