@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,14 @@ def make_sweep(
     mesh: Mesh | None = None,
     donate: bool = False,
     strategy: MeanStrategy = "auto",
+    orders: Literal["auto", "in_turn", "together"] = "auto",
 ) -> Sweep:
     """Returns an epoch of G × R training runs, compiled as one program.
 
     Run (g, r) is what `make_epoch` does with ``make_optimizer(settings[g, r])`` from params[g, r]
     on batches[g], to rounding. The R runs that share an order walk through it together: each
     mini-batch is gathered once, and their thin products become wide ones, (m, n_in) by
-    (n_in, R·n_out). Orders are taken one after the other.
+    (n_in, R·n_out).
 
     A seed usually decides both the first params and the order, so seeds × learning rates are
     G seeds of R learning rates each. Runs of other batch sizes have other shapes: a sweep for each.
@@ -55,9 +56,15 @@ def make_sweep(
         anything else, two CPU cores are two devices.
       donate: give the buffers of the incoming states to the outgoing ones.
       strategy: how a mini-batch gradient is computed, see `mean_value_and_grad`.
+      orders: ``"in_turn"`` takes the orders that a device has one after the other, ``"together"``
+        all at once, as products of stacks of matrices; ``"auto"`` is in turn on a CPU, where such
+        products are slow, and together elsewhere, where starting many small ones is.
 
     Returns:
       A `Sweep`. Its functions raise `ValueError` where leading axes are not the (G, R) of all.
+
+    Raises:
+      ValueError: an unknown way to take orders or strategy; a mesh without axis ``"data"``.
 
     >>> import jax.numpy as jnp, sgd_jax as sj
     >>> sweep = make_sweep(sj.quadratic_cost, sj.sgd)
@@ -69,6 +76,11 @@ def make_sweep(
     [[4.5, 8.0]]
     """
     mesh = None if mesh is None else check_mesh(mesh)
+    if orders not in ("auto", "in_turn", "together"):
+        raise ValueError(f"orders must be auto, in_turn or together, got {orders!r}")
+    if orders == "auto":
+        devices = jax.devices() if mesh is None else mesh.devices.flat
+        orders = "in_turn" if devices[0].platform == "cpu" else "together"
 
     def init_one(params: Params, setting: Any) -> TrainState:
         return init_state(params, make_optimizer(setting))
@@ -97,7 +109,8 @@ def make_sweep(
             def run_order(order: tuple[TrainState, PyTree, Array]) -> Any:
                 return jax.vmap(run_one, in_axes=(0, 0, None))(*order)
 
-            return jax.lax.map(run_order, (states, settings, batches))
+            take = jax.lax.map if orders == "in_turn" else lambda f, xs: jax.vmap(f)(xs)
+            return take(run_order, (states, settings, batches))
 
         if mesh is None:
             return run_orders(states, settings, examples, batches)

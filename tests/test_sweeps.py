@@ -39,12 +39,17 @@ def problem(num_orders, num_runs, dtype=jnp.float64):
 
 
 @pytest.mark.parametrize(
-    ("num_orders", "num_runs", "dtype"),
-    [(2, 3, jnp.float64), (1, 2, jnp.float64), (3, 1, jnp.float64), (2, 3, jnp.float32)],
+    ("num_orders", "num_runs", "dtype", "orders"),
+    [
+        (2, 3, jnp.float64, "in_turn"),
+        (2, 3, jnp.float64, "together"),
+        (3, 1, jnp.float64, "auto"),
+        (2, 3, jnp.float32, "auto"),
+    ],
 )
-def test_each_run_is_that_of_the_oracle_alone(num_orders, num_runs, dtype):
+def test_each_run_is_that_of_the_oracle_alone(num_orders, num_runs, dtype, orders):
     params, settings, examples, batches = problem(num_orders, num_runs, dtype)
-    sweep = sj.make_sweep(fun, optimizer)
+    sweep = sj.make_sweep(fun, optimizer, orders=orders)
     states = sweep.init(params, settings)
     states, first = sweep.epoch(states, settings, examples, batches)
     states, second = sweep.epoch(states, settings, examples, batches)
@@ -118,3 +123,8 @@ def test_bad_input_is_refused(change, message):
     sweep = sj.make_sweep(fun, optimizer)
     with pytest.raises(ValueError, match=message):
         sweep.epoch(sweep.init(params, settings), settings, examples, batches)
+
+
+def test_an_unknown_way_to_take_orders_is_refused():
+    with pytest.raises(ValueError, match="orders must be auto, in_turn or together, got 'first'"):
+        sj.make_sweep(fun, optimizer, orders="first")
