@@ -44,9 +44,13 @@ def make_epoch_problem(
     n: int,
     sizes: tuple[int, ...] = (784, 30, 10),
     batch_size: int = 10,
-    learning_rate: float = 3.0,
+    learning_rate: float = 0.3,
 ) -> EpochProblem:
-    """Returns a network and the first n training images of MNIST, or random pixels."""
+    """Returns a network and the first n training images of MNIST, or random pixels.
+
+    The learning rate is a tenth of the textbook's: at that one rounding errors grow from step to
+    step, and after 5,000 of them no two ways agree. It does not change how long a step takes.
+    """
     if data_dir is None:
         generator = np.random.default_rng(0)
         pixels = generator.integers(0, 256, (n, sizes[0]), np.uint8)
