@@ -10,9 +10,9 @@ by name; one that computes something else is left out by name.
 
 `epoch`: an epoch of the textbook network with m = 10, 128 and 1000, beside C, which is compiled for
 it (`benchmarks/epoch.c`), NumPy and, where they are installed, optax, scikit-learn and PyTorch; and
-of a wide network beside one product of as many operations; ratios to our own way. Without --data_dir
-it draws pixels at random in MNIST's shape, and says so: how long an epoch takes does not depend on
-what the pixels show. About three minutes on two cores.
+of a wide network beside one product of as many operations; ratios to our own way. Without
+--data_dir it draws pixels at random in MNIST's shape, and says so: how long an epoch takes does not
+depend on what the pixels show. About three minutes on two cores.
 
 `per_example`: what per-example gradients cost; ratios to the plain gradient of the mean cost, each
 library's to its own. PyTorch, Opacus and BackPACK take part where they are installed. About fifteen
