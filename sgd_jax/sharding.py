@@ -169,6 +169,62 @@ def on_mesh(tree: PyTree, mesh: Mesh, *, cut: bool = False) -> PyTree:
     return jax.tree.map(put, tree)
 
 
+def is_cut(examples: Examples, mesh: Mesh) -> bool:
+    """Whether examples are cut along the mesh axis ``"data"``, as `shard_examples` leaves them.
+
+    Not seen of what is traced.
+    """
+    pieces = NamedSharding(check_mesh(mesh), PartitionSpec(DATA_AXIS))
+    return num_shards(mesh) > 1 and all(
+        isinstance(leaf, jax.Array)
+        and not isinstance(leaf, jax.core.Tracer)
+        and leaf.sharding.is_equivalent_to(pieces, leaf.ndim)
+        for leaf in jax.tree.leaves(examples)
+    )
+
+
+def take_rows(examples: Examples, indices: jax.Array, mesh: Mesh) -> Examples:
+    """Returns the rows of cut examples that each device needs; for use under `jax.jit`.
+
+    Every device looks up those that it holds of all the mini-batches, zeros for the rest, and a sum
+    that leaves each device its share, a reduce-scatter, sends them where they belong. So nothing
+    but the rows named is ever put together.
+
+    Args:
+      examples: cut along ``"data"``, see `is_cut`.
+      indices: mini-batches (steps, m), m a multiple of the devices.
+      mesh: with an axis ``"data"``.
+
+    Returns:
+      A pytree whose leaves are (steps, m, ...), cut along m.
+    """
+
+    def local(examples: Examples, indices: jax.Array) -> Examples:
+        def take(leaf: jax.Array) -> jax.Array:
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                data = take(jax.random.key_data(leaf))
+                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+            if leaf.dtype == jnp.bool_:
+                return take(leaf.astype(jnp.uint8)).astype(jnp.bool_)
+            held = leaf.shape[0]
+            at = indices - jax.lax.axis_index(DATA_AXIS) * held
+            is_here = (at >= 0) & (at < held)
+            rows = leaf.at[jnp.clip(at, 0, held - 1)].get(mode="promise_in_bounds")
+            is_here = is_here.reshape(is_here.shape + (1,) * (rows.ndim - is_here.ndim))
+            rows = jnp.where(is_here, rows, jnp.zeros((), rows.dtype))
+            return jax.lax.psum_scatter(rows, DATA_AXIS, scatter_dimension=1, tiled=True)
+
+        return jax.tree.map(take, examples)
+
+    return jax.shard_map(
+        local,
+        mesh=check_mesh(mesh),
+        in_specs=(PartitionSpec(DATA_AXIS), PartitionSpec()),
+        out_specs=PartitionSpec(None, DATA_AXIS),
+        axis_names={DATA_AXIS},
+    )(examples, indices)
+
+
 def param_shardings(params: Params, mesh: Mesh, rules: Rules = ()) -> PyTree:
     """Returns how each parameter lies on a mesh: cut by the first rule it matches, or whole.
 

@@ -124,7 +124,8 @@ def make_epoch(
       mesh: devices that share each mini-batch, cut along the mesh axis ``"data"``; the numbers are
         the same to rounding, and m need be no multiple of the devices. See `sgd_jax.sharding`.
       rules: which parameters, with their optimizer state, are cut over the mesh and how, see
-        `sharding.param_shardings`; the rest lies whole on every device.
+        `sharding.param_shardings`; the rest lies whole on every device. Examples may be cut too,
+        by `sharding.shard_examples`: of a mini-batch only its rows are then sent.
 
     Returns:
       A jitted function ``(state, examples, batches) -> (state, info)``: examples has leading axis n
@@ -145,7 +146,9 @@ def make_epoch(
     mesh = _checked(mesh, rules)
     update = _make_update(fun, optimizer, strategy, mesh, rules)
 
-    def epoch(state: TrainState, examples: Examples, batches: Array) -> tuple[TrainState, StepInfo]:
+    def epoch(
+        state: TrainState, examples: Examples, batches: Array, *, is_cut: bool = False
+    ) -> tuple[TrainState, StepInfo]:
         _validate.num_examples(examples)
         if jnp.ndim(batches) != 2:
             raise ValueError(f"batches must be (steps, m), got shape {jnp.shape(batches)}")
@@ -159,11 +162,13 @@ def make_epoch(
             return update(state, *batch)
 
         def block(state: TrainState, indices: Array) -> tuple[TrainState, StepInfo]:
-            present = indices >= 0
-            gathered = jax.tree.map(
-                lambda leaf: leaf.at[jnp.maximum(indices, 0)].get(mode="promise_in_bounds"),
-                examples,
-            )
+            present, named = indices >= 0, jnp.maximum(indices, 0)
+            if mesh is not None and is_cut:
+                gathered = sharding.take_rows(examples, named, mesh)
+            else:
+                gathered = jax.tree.map(
+                    lambda leaf: leaf.at[named].get(mode="promise_in_bounds"), examples
+                )
             if mesh is not None:  # each device gathers its own share of every mini-batch
                 cut = NamedSharding(mesh, PartitionSpec(None, sharding.DATA_AXIS))
                 gathered = jax.lax.with_sharding_constraint(gathered, cut)
@@ -184,7 +189,13 @@ def make_epoch(
             info = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), info, rest)
         return state, info
 
-    return _placed(jax.jit(epoch, donate_argnums=(0,) if donate else ()), mesh, rules)
+    donated = (0,) if donate else ()
+    compiled = jax.jit(epoch, donate_argnums=donated, static_argnames="is_cut")
+    if mesh is None:
+        return compiled
+    return _placed(
+        compiled, mesh, rules, lambda examples, _: {"is_cut": sharding.is_cut(examples, mesh)}
+    )
 
 
 _BLOCK_BYTES = 1 << 19
@@ -242,14 +253,23 @@ def _shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules) -> TrainSta
     return sharding.state_shardings(state, state.params, mesh, rules)
 
 
-def _placed(compiled: Any, mesh: Mesh | None, rules: sharding.Rules) -> Any:
-    """Returns a compiled function of (state, examples, ...) that lays these out first."""
+def _placed(
+    compiled: Any,
+    mesh: Mesh | None,
+    rules: sharding.Rules,
+    options: Callable[..., dict[str, Any]] = lambda *data: {},
+) -> Any:
+    """Returns a compiled function of (state, examples, ...) that lays these out first.
+
+    ``options`` says, of what is laid out, what the function is compiled for.
+    """
     if mesh is None:
         return compiled
 
     def run(state: TrainState, *data: Any) -> tuple[TrainState, StepInfo]:
         state = sharding.place(state, _shardings(state, mesh, rules))
-        return compiled(state, *(sharding.on_mesh(leaves, mesh) for leaves in data))
+        placed = [sharding.on_mesh(leaves, mesh) for leaves in data]
+        return compiled(state, *placed, **options(*placed))
 
     return run
 

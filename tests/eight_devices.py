@@ -102,6 +102,7 @@ def epoch(mesh, rules=(), cut=False):
     batches = sampling.epoch(jax.random.key(6), N, M, keep_last=True)
     if cut:
         examples = sharding.shard_examples(examples, mesh, pad=True)
+        assert sharding.is_cut(examples, mesh)
     state = sj.init_state(params, OPTIMIZER)
     state, info = sj.make_epoch(fun, OPTIMIZER, mesh=mesh, rules=rules)(state, examples, batches)
     weights = state.params[0].weights
@@ -133,6 +134,28 @@ def epoch_all_cut(mesh):
     return epoch(mesh, [("0/weights", P("data"))], cut=True) if mesh else epoch(None)
 
 
+def rows(mesh):
+    """Returns rows of bytes, floats, truths and random keys, in any order, some of them twice."""
+    _, (inputs, _) = problem()
+    examples = {
+        "bytes": (inputs > 0).astype(np.uint8),
+        "floats": inputs,
+        "truths": inputs[:, 0] > 0,
+        "keys": jax.random.split(jax.random.key(7), N),
+    }
+    indices = jax.random.randint(jax.random.key(8), (3, 16), 0, N)
+    if mesh is None:
+        found = jax.tree.map(lambda leaf: leaf[indices], examples)
+    else:
+        examples = sharding.shard_examples(examples, mesh, pad=True)
+        found = _take(mesh)(examples, indices)
+    return {**found, "keys": jax.random.key_data(found["keys"])}
+
+
+def _take(mesh):
+    return jax.jit(lambda examples, indices: sharding.take_rows(examples, indices, mesh))
+
+
 def moments_by_rules(mesh):
     if mesh is None:
         return moments(None)
@@ -144,6 +167,7 @@ def moments_by_rules(mesh):
 RESULTS = {
     "epoch": (epoch, (1, 2, 8)),
     "step": (step, (1, 2, 8)),
+    "rows": (rows, (2, 8)),
     "epoch_by_rules": (epoch_by_rules, (8,)),
     "epoch_all_cut": (epoch_all_cut, (8,)),
     "moments_by_rules": (moments_by_rules, (8,)),
@@ -156,13 +180,25 @@ RESULTS = {
 """By name, a function from a mesh, or None, to what is compared, and the numbers of devices."""
 
 
+def collectives_of_rows():
+    """Returns the same of what takes 16 rows of float64 out of examples that are cut."""
+    mesh = sharding.data_mesh()
+    examples = sharding.shard_examples(problem()[1][0], mesh, pad=True)
+    indices = sharding.replicate(np.arange(16)[None], mesh)
+    return _collectives_in(_take(mesh).lower(examples, indices).compile().as_text())
+
+
 def collectives():
     """Returns kind and bytes of each collective in the program of an epoch on 8 devices."""
     params, examples = problem()
     optimizer, mesh = sj.sgd(1.0), sharding.data_mesh()
     batches = sampling.epoch(jax.random.key(6), N, 16)
     run = jax.jit(sj.make_epoch(fun, optimizer, mesh=mesh))
-    text = run.lower(sj.init_state(params, optimizer), examples, batches).compile().as_text()
+    lowered = run.lower(sj.init_state(params, optimizer), examples, batches)
+    return _collectives_in(lowered.compile().as_text())
+
+
+def _collectives_in(text):
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all"
     found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
     return [
@@ -189,6 +225,8 @@ def main(path):
     assert jax.device_count() == 8
     kinds, sizes = zip(*collectives(), strict=True)
     found = {"collective_kinds": np.array(kinds), "collective_bytes": np.array(sizes)}
+    kinds, sizes = zip(*collectives_of_rows(), strict=True)
+    found |= {"row_kinds": np.array(kinds), "row_bytes": np.array(sizes)}
     for name, (function, nums) in RESULTS.items():
         for num in nums:
             mesh = sharding.data_mesh(jax.devices()[:num])

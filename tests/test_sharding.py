@@ -58,6 +58,12 @@ def test_a_step_sums_the_gradient_and_the_cost_over_devices_and_little_else(on_d
     assert rest == 8 * num_steps  # outside the loop: how many examples each mini-batch has
 
 
+def test_of_examples_that_are_cut_only_the_rows_named_are_sent(on_devices):
+    assert list(on_devices["row_kinds"]) == ["reduce-scatter"]
+    kept = 16 // 8 * eight_devices.SIZES[0]  # numbers that stay on a device
+    assert list(on_devices["row_bytes"]) == [8 * kept]
+
+
 MESH = sharding.data_mesh()  # of one device
 
 
