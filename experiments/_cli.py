@@ -123,6 +123,17 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def use_all_cores() -> None:
+    """Makes each CPU core a device, unless the environment says how many there are.
+
+    For programs whose runs are divided among devices; to be called before JAX starts.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+
+
 def keep_compiled_programs() -> None:
     """Lets JAX keep what it compiles in a cache folder of the user, so the next start is quicker.
 

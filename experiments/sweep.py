@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -117,9 +116,10 @@ def run(
     """Trains every run of the grid and returns what was measured after each epoch.
 
     A record holds `epoch`, counted through all batch sizes from 0, `batch_size`, `epoch_of_size`,
-    counted from 1 in each, `accuracy_validation`, `accuracy_test` and `cost`, the mean over the
-    mini-batches of the epoch, None where it is not finite: lists over seeds of lists over learning
-    rates; further `seconds`, those of training.
+    counted from 1 in each, and, as lists over seeds of lists over learning rates,
+    `accuracy_validation`, `accuracy_test`, `dead_classes_test`, see `_classifier.make_programs`,
+    and `cost`, the mean over the mini-batches of the epoch, None where it is not finite; further
+    `seconds`, those of training.
 
     Args:
       config: What all runs have in common; `batch_size` and `learning_rate` are not used.
@@ -244,13 +244,15 @@ def _make_programs(config: Config, grid: Grid, dataset: data.Dataset) -> _Progra
         return epoch
 
     def evaluate(params: Params) -> dict[str, Any]:
-        totals = measure_all(params, measured)
-        return {
-            f"accuracy_{name}": (
-                np.asarray(totals[name].right).sum(axis=-1) / len(getattr(dataset, name).labels)
-            ).tolist()
-            for name in measured
-        }
+        found = {}
+        for name, totals in measure_all(params, measured).items():
+            right = np.asarray(totals.right)  # (seeds, rates, classes)
+            labels = getattr(dataset, name).labels
+            size = np.bincount(labels, minlength=dataset.num_classes)
+            found[f"accuracy_{name}"] = (right.sum(axis=-1) / len(labels)).tolist()
+            if name == "test":
+                found["dead_classes_test"] = np.sum(10 * right < size, axis=-1).tolist()
+        return found
 
     return _Programs(init, make_epoch, evaluate)
 
@@ -305,6 +307,7 @@ def runs_of(records: list[runs.Record], config: Config, grid: Grid) -> list[Row]
             "epoch": record["epoch_of_size"],
             "accuracy_validation": record["accuracy_validation"][g][r],
             "accuracy_test": record["accuracy_test"][g][r],
+            "dead_classes_test": record["dead_classes_test"][g][r],
             "cost": record["cost"][g][r],
         }
         for record in records
@@ -444,14 +447,6 @@ def _parse_numbers(name: str, words: list[str], parse: Callable[[str], Any]) -> 
         ) from error
 
 
-def use_all_cores() -> None:
-    """Makes each CPU core a device, unless the environment says how many there are."""
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-
-
 if __name__ == "__main__":
-    use_all_cores()
+    _cli.use_all_cores()
     _cli.start(main, __doc__ or "", GROUPS)
