@@ -7,7 +7,8 @@
  * has. Weights are kept transposed, (n_in, n_out) with rows filled up to whole vectors, so that the
  * thirty neurons of a hidden layer lie side by side.
  *
- *   cc -O3 -march=native -ffast-math -shared -fPIC epoch.c -o epoch.so -lm
+ *   cc -O3 -march=native -ffast-math -fPIC -c epoch.c
+ *   cc -shared epoch.o -o epoch.so -lm
  */
 #include <math.h>
 #include <stdint.h>

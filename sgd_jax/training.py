@@ -181,7 +181,7 @@ def make_epoch(
         steps, m = batches.shape
         length = _block_length(steps, m * _bytes_per_example(examples))
         whole = steps - steps % length
-        blocks = batches[:whole].reshape(-1, length, m)
+        blocks = batches[:whole].reshape(whole // length, length, m)
         state, info = jax.lax.scan(block, state, blocks)
         info = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), info)
         if whole < steps:
@@ -214,7 +214,7 @@ def _block_length(steps: int, bytes_per_step: int) -> int:
     """
     if bytes_per_step >= _SINGLE_BYTES:
         return 1
-    best = min(steps, max(1, _BLOCK_BYTES // max(1, bytes_per_step)))
+    best = max(1, min(steps, _BLOCK_BYTES // max(1, bytes_per_step)))
     near = range(max(1, best // 2), min(2 * best, steps) + 1)
     dividing = [length for length in near if steps % length == 0]
     return min(dividing, key=lambda length: abs(length - best), default=best)

@@ -98,6 +98,14 @@ def test_c_is_left_out_where_there_is_no_compiler(epoch, monkeypatch):
         epoch.epoch_c.c_epoch(epoch.make_epoch_problem(None, 40))
 
 
+def test_c_leaves_subnormal_numbers_as_they_are(epoch):
+    try:
+        epoch.epoch_c._library()
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    assert np.float64(5e-324) * np.float64(1.0) > 0
+
+
 def test_a_sweep_is_timed_by_the_run(epoch, harness):
     sweep = importlib.import_module("suites.sweep")
     problem = epoch.make_epoch_problem(None, 40, (6, 5, 4))

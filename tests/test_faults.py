@@ -44,6 +44,7 @@ def child(arguments, log, cache, limit):
 
     from experiments import _cli, _flags
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background ignores it
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -218,6 +219,7 @@ def test_a_signal_in_the_middle_of_an_epoch_does_not_wait_for_its_end(place, lon
 
 def in_the_midst(log, shielded):
     """Is a program that is saving, or in a computation that no signal interrupts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background ignores it
     _signals.install()
     with contextlib.suppress(KeyboardInterrupt), _signals.shielded():
         log.write_text("begun")

@@ -15,6 +15,7 @@ import pytest
 
 from experiments import train
 from experiments._config import Config
+from experiments._within_epoch import Progress
 from sgd_jax import processes, runs
 
 ROOT = pathlib.Path(train.__file__).parents[1]
@@ -110,7 +111,7 @@ def test_a_checkpoint_of_four_processes_is_read_by_one(trained):
 
     def restore(like):
         state["snapshot"] = runs.read_checkpoint(folder.checkpoints_path, like)
-        return state["snapshot"]
+        return Progress(state["snapshot"].state, state["snapshot"].record)
 
     gone_on = train.run(config, restore=restore).records
     assert state["snapshot"].epoch == 2

@@ -95,6 +95,8 @@ def _read_header(
         try:
             shape, _, dtype = read_npy_header(member)
         except ValueError as error:
+            if isinstance(error.__cause__, _ZIP_ERRORS):
+                raise error.__cause__ from error
             raise _damaged(path, f"holds {name} without an array header ({error})") from error
         num_bytes = archive.getinfo(f"{name}.npy").file_size - member.tell()
     if not shape or min(shape) < 1:
