@@ -430,7 +430,10 @@ def main() -> int:
         folder, notes = _recorded.open_folder(output, settings, dataset, stored, __file__)
     find = functools.partial(_find, folder, config, grid, dataset)
     num_rows = len(grid.batch_sizes) * len(grid.learning_rates)
-    return _tabled.record(folder, notes, num_rows, find)
+    try:
+        return _tabled.record(folder, notes, num_rows, find)
+    finally:
+        folder.lock.release()
 
 
 def _parse_batch_size(word: str) -> int:
