@@ -200,7 +200,8 @@ def record(
 ) -> int:
     """Finds the answer, showing tables as they grow, and writes it; returns the exit code.
 
-    Leaves a CSV file of each table, `figures/`, `report.html` and, last of all, `summary.json`.
+    Leaves a CSV file of each table, `figures/`, `report.html` and, last of all, `summary.json`, and
+    gives the folder back.
 
     Args:
       folder: Of the run.
@@ -209,6 +210,19 @@ def record(
       find: Called with what shows a row; an ArithmeticError that it raises is told to the user.
       unit: What a row is.
     """
+    try:
+        return _record(folder, notes, total, find, unit)
+    finally:
+        folder.lock.release()
+
+
+def _record(
+    folder: runs.RunFolder,
+    notes: Sequence[str],
+    total: int,
+    find: Callable[[Show], Answer],
+    unit: str,
+) -> int:
     began, shown, last = time.perf_counter(), 0, None
     with TableDisplay([], total, unit) as display:
         for note in notes:

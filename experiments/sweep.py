@@ -430,10 +430,7 @@ def main() -> int:
         folder, notes = _recorded.open_folder(output, settings, dataset, stored, __file__)
     find = functools.partial(_find, folder, config, grid, dataset)
     num_rows = len(grid.batch_sizes) * len(grid.learning_rates)
-    try:
-        return _tabled.record(folder, notes, num_rows, find)
-    finally:
-        folder.lock.release()
+    return _tabled.record(folder, notes, num_rows, find)
 
 
 def _parse_batch_size(word: str) -> int:
