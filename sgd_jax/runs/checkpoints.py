@@ -86,15 +86,14 @@ class Checkpoints:
         """Saves the state after ``record["epoch"]``; removes what is neither last nor best.
 
         Raises:
-          OSError: the disk is full or fails; the checkpoints before are as they were.
+          OSError: the disk is full or fails; the checkpoints before are as they were, or this one
+            is whole and only its digests are missing.
         """
         epoch = record["epoch"]
         arguments = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(_named_leaves(state))})
         try:
             with _silent_threads():
                 saved = self._manager.save(epoch, args=arguments, metrics=record, force=True)
-            if saved:
-                _write_digests(self._path / str(epoch))
         except (OSError, ValueError, RuntimeError) as error:
             reason = _disk_error(error)
             if reason is None:
@@ -107,6 +106,13 @@ class Checkpoints:
             ) from error
         if not saved:
             raise RuntimeError(f"orbax did not save epoch {epoch} in {self._path}")
+        try:
+            _write_digests(self._path / str(epoch))
+        except OSError as error:
+            raise OSError(
+                f"the checkpoint of epoch {epoch} is whole, but the digests of its files could not "
+                f"be saved in {self._path}: {error.strerror or error}"
+            ) from error
 
     def close(self) -> None:
         """Waits for what is under way and lets go of the folder."""
@@ -274,18 +280,19 @@ def _silent_threads() -> Iterator[None]:
     """Keeps the threads of orbax from printing tracebacks of what it also raises.
 
     After a failure some of them go on for a while, and find its event loop closed or their
-    coroutine abandoned.
+    coroutine abandoned: then they are kept silent from there on.
     """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logger.addFilter(_is_not_of_orbax)
     if not isinstance(hook, _UnraisableHook):
         sys.unraisablehook = _UnraisableHook(hook)
-    try:
-        yield
-        sys.unraisablehook = hook
-    finally:
-        logger.setLevel(level)
+    yield
+    sys.unraisablehook = hook
+    logger.removeFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 class _UnraisableHook:
