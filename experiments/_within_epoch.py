@@ -24,7 +24,7 @@ class Progress(NamedTuple):
 
 
 class PartCheckpoints:
-    """The checkpoints within the epoch that is under way, in a folder of their own; one at most.
+    """The checkpoints within the epoch that is under way, the last two, in a folder of their own.
 
     They are as safe as those of epochs, see `runs.Checkpoints`, and void when their epoch is over.
 
@@ -52,7 +52,7 @@ class PartCheckpoints:
         )
 
     def save(self, progress: Progress) -> None:
-        """Saves after part number k·every of an epoch, k = 1, 2, …; then removes the one before."""
+        """Saves after part number k·every of an epoch, k = 1, 2, …; then removes the one but last."""
         if not self._every or progress.num_parts % self._every:
             return
         self._opened = self._opened or self._open(progress.state)

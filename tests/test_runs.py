@@ -2,6 +2,8 @@
 
 import base64
 import concurrent.futures
+import contextlib
+import gc
 import html.parser
 import json
 import shutil
@@ -280,6 +282,20 @@ def test_a_half_written_checkpoint_is_never_picked_up(tmp_path, damage):
     checkpoints.save(make_state(2.0), record(2, 0.2))  # its place is free again
     checkpoints.close()
     assert_same_bits(reopen(tmp_path).latest.state, make_state(2.0))
+
+
+def test_saving_leaves_no_objects_behind(tmp_path):
+    state = make_state(0.0)
+    with contextlib.closing(runs.Checkpoints(tmp_path, accuracy, like=state)) as checkpoints:
+
+        def objects_after(epochs):
+            for epoch in epochs:
+                checkpoints.save(state, record(epoch, 0.5))
+            gc.collect()
+            return len(gc.get_objects())
+
+        before = objects_after(range(5))
+        assert objects_after(range(5, 15)) - before < 150  # 300 as orbax has it
 
 
 def test_where_no_checkpoint_is_complete_there_is_none(tmp_path):
