@@ -52,7 +52,7 @@ class PartCheckpoints:
         )
 
     def save(self, progress: Progress) -> None:
-        """Saves after part number k·every of an epoch, k = 1, 2, …; then removes the one but last."""
+        """Saves after part number k·every of an epoch, k = 1, 2, …, and removes older ones."""
         if not self._every or progress.num_parts % self._every:
             return
         self._opened = self._opened or self._open(progress.state)

@@ -4,8 +4,14 @@ All run the same program on the same settings; JAX's own runtime makes their dev
 must happen once, such as writing a file, the first process does, and tells the others.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +22,8 @@ from sgd_jax import _validate
 
 AUTO = "auto"
 """As coordinator: lets JAX find the processes, as SLURM, Kubernetes, MPI or a TPU pod name them."""
+
+_PAUSE = 0.2  # seconds between two looks for process 0
 
 Value = TypeVar("Value")
 
@@ -35,7 +43,8 @@ def initialize(
     """Joins the processes of one computation, by `jax.distributed.initialize`.
 
     Call it before anything else of JAX. Without arguments nothing is joined, and the process
-    computes alone.
+    computes alone. Where process 0 can be reached and another does not come, those who wait say so
+    and end with exit code 1, for JAX, which cannot be interrupted there, would abort them.
 
     Args:
       coordinator: address ``host:port`` of process 0, where a port must be free; or `AUTO`, alone,
@@ -47,10 +56,11 @@ def initialize(
       join_timeout: seconds to wait for all to come.
 
     Raises:
-      ValueError: some arguments without the others, or out of range; `AUTO` where there is nothing
-        to be found.
-      RuntimeError: the processes were joined already, JAX has computed already, or not all came in
-        time.
+      ValueError: some arguments without the others, or out of range; a host that nobody knows;
+        `AUTO` where there is nothing to be found.
+      OSError: process 0 cannot have the port.
+      TimeoutError: process 0 could not be reached in time.
+      RuntimeError: the processes were joined already, or JAX has computed already.
     """
     given = {
         "coordinator": coordinator,
@@ -62,7 +72,7 @@ def initialize(
         return
     timeouts: Any = {
         "heartbeat_timeout_seconds": _validate.positive_int("peer_timeout", peer_timeout),
-        "initialization_timeout": _validate.positive_int("join_timeout", join_timeout),
+        "initialization_timeout": _validate.positive_int("join_timeout", join_timeout) + 60,
         "shutdown_timeout_seconds": peer_timeout,
     }
     if coordinator == AUTO:
@@ -72,7 +82,8 @@ def initialize(
                 "give the address of process 0"
             )
         try:
-            jax.distributed.initialize(**timeouts)
+            with _ended_after(join_timeout, "a process"):
+                jax.distributed.initialize(**timeouts)
         except ValueError as error:
             raise ValueError(
                 f"coordinator is {AUTO}, but neither SLURM, Kubernetes, MPI nor a TPU pod tells "
@@ -98,7 +109,73 @@ def initialize(
         raise ValueError(
             f"process_id is {process_id}; expected 0 to num_processes − 1 = {count - 1}"
         )
-    jax.distributed.initialize(coordinator, count, process_id, **timeouts)
+    began = time.monotonic()
+    if process_id == 0:
+        _check_port(str(coordinator), int(port))
+    _await_first(str(coordinator), host.strip("[]"), int(port), join_timeout if process_id else 0)
+    left = max(1.0, join_timeout - (time.monotonic() - began))
+    with _ended_after(left, f"process {process_id} of {count}"):
+        jax.distributed.initialize(coordinator, count, process_id, **timeouts)
+
+
+def _check_port(coordinator: str, port: int) -> None:
+    """Raises OSError where this process could not have the port; JAX would crash."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise OSError(
+                f"coordinator is {coordinator}, but process 0 cannot have port {port} "
+                f"({error.strerror}); give all processes another one"
+            ) from error
+
+
+def _await_first(coordinator: str, host: str, port: int, timeout: float) -> None:
+    """Waits so many seconds for process 0 to listen; 0 asks only whether its host is known."""
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise ValueError(
+            f"coordinator is {coordinator}, but no host {host!r} is known here ({error.strerror}); "
+            "expected host:port of process 0, as in 10.0.0.1:1234"
+        ) from error
+    deadline = time.monotonic() + timeout
+    while timeout:
+        try:
+            socket.create_connection((host, port), timeout).close()
+        except OSError as error:
+            if time.monotonic() + _PAUSE > deadline:
+                raise TimeoutError(
+                    f"no process 0 was found at {coordinator} in {timeout} s ({error}); expected "
+                    "it to run there, and its port to be open to this host"
+                ) from error
+            time.sleep(_PAUSE)
+        else:
+            return
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float, who: str) -> Iterator[None]:
+    """Ends this process, with a message, where the others have not come by then."""
+
+    def end() -> None:
+        print(
+            f"error: {who} has waited for the others, and not all came in time. Start all with the "
+            "same coordinator and num_processes, and each with a process_id of its own",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    watch = threading.Timer(seconds, end)
+    watch.daemon = True
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
 
 
 def is_first() -> bool:

@@ -210,6 +210,29 @@ def test_processes_that_cannot_be_joined_are_refused_before_anything_is_tried(
         processes.initialize(**arguments)
 
 
+def test_a_port_that_is_taken_a_host_that_is_not_known_and_no_process_0_are_told_apart(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", None)  # called, it would raise
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(OSError, match=rf"{address}, but process 0 cannot have port.*another"):
+            processes.initialize(address, 2, 0)
+    with pytest.raises(TimeoutError, match=f"no process 0 was found at {address} in 1 s.*refused"):
+        processes.initialize(address, 2, 1, join_timeout=1)
+    for process_id in range(2):
+        with pytest.raises(ValueError, match=r"no host 'nowhere\.invalid' is known here"):
+            processes.initialize("nowhere.invalid:1234", 2, process_id)
+
+
+def test_who_waits_in_vain_for_the_others_says_so_and_ends():
+    script = (
+        "import sys; from sgd_jax import processes; "
+        "processes.initialize(f'127.0.0.1:{sys.argv[1]}', 2, 0, join_timeout=1)"
+    )
+    ((code, _, errors),) = run_together(["-c", script, free_port()])
+    assert code == 1
+    assert "process 0 of 2 has waited for the others, and not all came in time. Start" in errors
+
+
 def test_auto_where_nothing_tells_of_processes_says_what_to_give(monkeypatch):
     def find_nothing(**timeouts):
         raise ValueError("coordinator_address should be defined.")
