@@ -105,6 +105,17 @@ def test_a_named_axis_says_the_same_as_parts():
     close([p[0] for p in both[1]], parts)
 
 
+def test_examples_over_a_named_axis_say_the_same_as_together():
+    def measure(x, axis):
+        return noise_of_examples(per_example_grad(dot)(W, x), axis)
+
+    split = jnp.array(ROWS).reshape(2, 2, 3)
+    both = jax.vmap(lambda x: measure(x, "data"), axis_name="data")(split)
+    together = measure(jnp.array(ROWS), None)
+    for device in range(2):
+        close([part[device] for part in both], together)
+
+
 def test_an_optax_loop_tracks_it_without_tracing_again():
     generator = np.random.default_rng(1)
     optimizer = optax.chain(track_noise_scale(), optax.adam(0.01))

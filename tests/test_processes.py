@@ -13,7 +13,7 @@ import joined
 import numpy as np
 import pytest
 
-from experiments import train
+from experiments import _recorded, train
 from experiments._config import Config
 from experiments._within_epoch import Progress
 from sgd_jax import processes, runs
@@ -117,6 +117,18 @@ def test_a_checkpoint_of_four_processes_is_read_by_one(trained):
     assert state["snapshot"].epoch == 2
     undisturbed = train.run(config).records
     assert_same_records(gone_on, undisturbed[3:])
+
+
+def test_a_process_that_does_not_see_the_folder_of_the_first_says_what_to_share(
+    tmp_path, trained, monkeypatch
+):
+    folder, _ = trained
+    _recorded._check_shared(folder)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(
+        FileNotFoundError, match=r"elsewhere, which process 1 does not see; .*share"
+    ):
+        _recorded._check_shared(runs.RunFolder(tmp_path / "elsewhere"))
 
 
 @pytest.mark.slow
