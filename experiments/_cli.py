@@ -54,6 +54,7 @@ def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str 
     def guarded(argv: Sequence[str]) -> int:
         with user_errors():
             _processes.initialize(groups)
+            _signals.take()
             _platform.choose(_platform.PLATFORM.value)
         try:
             code = main(*argv[1:])

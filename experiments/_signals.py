@@ -41,10 +41,15 @@ def install() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    take()
+    threading.Thread(target=_end_at_the_second, args=(reading,), daemon=True).start()
+
+
+def take() -> None:
+    """Takes the signals back from `jax.distributed.initialize`, which makes SIGTERM its own."""
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
-    threading.Thread(target=_end_at_the_second, args=(reading,), daemon=True).start()
 
 
 def _end_at_the_second(reading: int) -> None:

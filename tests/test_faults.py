@@ -128,10 +128,19 @@ def start_pair(place, *arguments):
 
 
 @pytest.mark.slow
-def test_one_of_two_processes_killed_the_other_says_so_and_the_run_goes_on(place):
+def test_two_processes_stopped_and_then_one_of_them_killed_say_so_and_the_run_goes_on(place):
     folder = runs.RunFolder(place / "runs" / "pair")
-    first, second = start_pair(place, *SETTINGS, "--run_name=pair", "--epochs=100000")
-    wait_for(lambda: faults.num_lines(folder) > 3, first)
+    pair = start_pair(place, *SETTINGS, "--run_name=pair", "--epochs=100000")
+    wait_for(lambda: faults.num_lines(folder) > 3, pair[0])
+    for program in pair:
+        program.send(signal.SIGTERM)
+    assert pair[0].wait() == 143, pair[0].printed()
+    assert pair[1].wait() in (143, 1), pair[1].printed()  # stopped, or told by the other's end
+    assert "error: stopped by SIGTERM; every epoch" in pair[0].printed()
+    assert folder.read_summary()["status"] == "interrupted"
+    done = faults.num_lines(folder)
+    first, second = start_pair(place, "--run_name=pair", "--resume")
+    wait_for(lambda: faults.num_lines(folder) > done + 1, first)
     second.kill()
     assert first.wait() == 1, first.printed()
     assert "error: process 0 has lost another process of its run" in first.printed()
