@@ -101,7 +101,7 @@ class Checkpoints:
             for unfinished in self._path.glob(f"{epoch}.*"):  # it takes room
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(
-                f"the checkpoint of epoch {epoch} could not be saved in {self._path}: {reason}. "
+                f"checkpoint {epoch} could not be saved in {self._path}: {reason}. "
                 "Those before it are as they were"
             ) from error
         if not saved:
@@ -110,7 +110,7 @@ class Checkpoints:
             _write_digests(self._path / str(epoch))
         except OSError as error:
             raise OSError(
-                f"the checkpoint of epoch {epoch} is whole, but the digests of its files could not "
+                f"checkpoint {epoch} is whole, but the digests of its files could not "
                 f"be saved in {self._path}: {error.strerror or error}"
             ) from error
 
@@ -132,7 +132,7 @@ class Checkpoints:
             else:
                 latest = latest or snapshot
         if self.damaged and latest:
-            self.damaged.append(f"the last whole checkpoint is that of epoch {latest.epoch}")
+            self.damaged.append(f"the last whole checkpoint is {latest.epoch}")
         return latest
 
     def _set_aside(self, epoch: int, reason: str) -> str:
