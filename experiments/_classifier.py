@@ -286,16 +286,24 @@ def sum_over_chunks(
     params: Params,
     examples: Examples,
     mesh: Mesh | None = None,
+    *,
+    before: Any = None,
+    num_examples: int | None = None,
 ) -> Totals:
-    """Returns the totals over all examples, of which few are looked at together."""
+    """Returns the totals over all examples, of which few are looked at together.
 
-    def local(params: Params, examples: Examples, num_valid: Array | None = None) -> Totals:
+    Those ``before`` are added. Of examples that are filled up for the devices of ``mesh``,
+    ``num_examples`` count: see `sharding.on_each_shard`.
+    """
+
+    def local(params: Params, examples: Examples, num_valid: Array) -> Totals:
         totals = add_over_chunks(totals_fn, params, examples, num_valid)
-        return totals if num_valid is None else jax.lax.psum(totals, sharding.DATA_AXIS)
+        return jax.lax.psum(totals, sharding.DATA_AXIS)
 
     if mesh is None:
-        return local(params, examples)
-    return sharding.on_each_shard(local, mesh, params, examples)
+        return add_over_chunks(totals_fn, params, examples, before=before)
+    totals = sharding.on_each_shard(local, mesh, params, examples, num_examples=num_examples)
+    return totals if before is None else jax.tree.map(jnp.add, before, totals)
 
 
 def add_over_chunks(
@@ -325,11 +333,14 @@ def add_over_chunks(
 
 def to_device(examples: Examples, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None) -> Any:
     """Puts examples on the device, or whole on each of a mesh, pixels as the bytes they came as."""
+    examples = as_computed(examples, dtype)
+    return jax.device_put(examples) if mesh is None else sharding.replicate(examples, mesh)
+
+
+def as_computed(examples: Examples, dtype: jax.typing.DTypeLike) -> Examples:
+    """Returns the examples as they go on a device: pixels as bytes, other inputs in ``dtype``."""
     inputs = examples.inputs
-    if inputs.dtype != np.uint8:
-        inputs = inputs.astype(dtype)
-    stored = Examples(inputs, examples.labels)
-    return jax.device_put(stored) if mesh is None else sharding.replicate(stored, mesh)
+    return examples if inputs.dtype == np.uint8 else Examples(inputs.astype(dtype), examples.labels)
 
 
 def to_columns(totals: dict[str, Totals], sizes: dict[str, np.ndarray]) -> dict[str, Any]:

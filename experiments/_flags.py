@@ -77,12 +77,14 @@ GROUPS: HelpGroups = {
             "stream",
             Config.stream,
             "Leave the examples on the disk and read them chunk by chunk, shuffled over all of "
-            "them, while the chunk before is trained on: a folder of shards, or MNIST unpacked.",
+            "them, while the chunk before is trained on: a folder of shards, or MNIST unpacked. Of "
+            "several processes each reads its own share.",
         ),
         flags.DEFINE_float(
             "chunk_mib",
             Config.chunk_mib,
-            "With --stream: size of a chunk in MiB; two are in memory at a time.",
+            "With --stream: size of a chunk in MiB, of all devices together; two are in memory at "
+            "a time.",
         ),
         flags.DEFINE_integer(
             "save_every",

@@ -73,7 +73,8 @@ def make_measurement(
         drawn = [
             data.read_examples(dataset.train, i) for i in np.asarray(draw(keys, np.int32(number)))
         ]
-        return _classifier.to_device(jax.tree.map(lambda *leaves: np.stack(leaves), *drawn), dtype)
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
+        return _classifier.to_device(stacked, dtype, mesh)
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(0, 0, None, 0 if is_on_disk else None))

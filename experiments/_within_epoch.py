@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import sgd_jax as sj
-from sgd_jax import runs
+from sgd_jax import processes, runs
 
 
 class Progress(NamedTuple):
@@ -27,6 +27,7 @@ class PartCheckpoints:
     """The checkpoints within the epoch that is under way, the last two, in a folder of their own.
 
     They are as safe as those of epochs, see `runs.Checkpoints`, and void when their epoch is over.
+    Of several processes all must come to each call.
 
     Args:
       path: The folder; made with the first checkpoint and removed with the last.
@@ -41,7 +42,7 @@ class PartCheckpoints:
     def restore(self, last: runs.Snapshot) -> tuple[Progress, list[str]]:
         """Returns where to go on from after the last whole epoch, and warnings of damaged files."""
         found, warnings = None, []
-        if self._path.is_dir():
+        if processes.from_first(self._path.is_dir):
             self._opened = self._open(last.state)
             found, warnings = self._opened.latest, self._opened.damaged
         if found is None or found.record["whole_epochs"] != last.epoch:
@@ -66,17 +67,20 @@ class PartCheckpoints:
 
     def clear(self) -> None:
         """Removes them all: their epoch is over."""
-        self.close()
-        if self._path.is_dir():
-            void = self._path.with_name(f".{self._path.name}.void")
-            shutil.rmtree(void, ignore_errors=True)  # of a run that was killed just here
-            shutil.rmtree(self._path.rename(void))
+        processes.in_all(self.close)
+        processes.from_first(self._remove)
 
     def close(self) -> None:
         """Lets go of the folder."""
         if self._opened:
             self._opened.close()
             self._opened = None
+
+    def _remove(self) -> None:
+        if self._path.is_dir():
+            void = self._path.with_name(f".{self._path.name}.void")
+            shutil.rmtree(void, ignore_errors=True)  # of a run that was killed just here
+            shutil.rmtree(self._path.rename(void))
 
     def _open(self, like: Any) -> runs.Checkpoints:
         return runs.Checkpoints(self._path, lambda record: record["epoch"], like=like)

@@ -101,7 +101,7 @@ def run(
     if config.stream:
         make_programs = functools.partial(_streamed.make_programs, chunk_bytes=config.chunk_bytes)
     else:
-        make_programs = functools.partial(_classifier.make_programs, mesh=mesh)
+        make_programs = _classifier.make_programs
     programs = make_programs(
         dataset,
         make_optimizer(config, num_examples=n),
@@ -112,6 +112,7 @@ def run(
         dtype=np.dtype(config.dtype),
         parts=parts,
         first_batch_size=(config.batch_size or n) if config.epochs else None,
+        mesh=mesh,
     )
     records = []
 
@@ -216,11 +217,6 @@ def main() -> int:
             if processes.from_first(lambda: _recorded.is_complete(output, config.epochs)):
                 print(f"complete: {output.run_name} has trained its {config.epochs} epochs already")
                 return 0
-        if config.stream and mesh is not None:
-            raise ValueError(
-                f"stream is set with {mesh.size} devices; expected one: examples that stay on the "
-                "disk are not divided among devices yet. Leave --stream or the others out"
-            )
         if config.dtype == "float64":
             jax.config.update("jax_enable_x64", True)
         dataset = processes.in_all(lambda: load(config))

@@ -7,7 +7,7 @@ examples and sums go over the axis. No length need be a multiple of the number o
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -147,6 +147,61 @@ def shard_local_examples(examples: Examples, mesh: Mesh) -> Examples:
     )
 
 
+def local_pieces(mesh: Mesh) -> list[int]:
+    """Returns which pieces along the mesh axis ``"data"`` the devices of this process hold.
+
+    >>> local_pieces(data_mesh(jax.devices()[:1]))
+    [0]
+    """
+    mesh = check_mesh(mesh)
+    axis = mesh.axis_names.index(DATA_AXIS)
+    here = jax.process_index()
+    return sorted({at[axis] for at, d in np.ndenumerate(mesh.devices) if d.process_index == here})
+
+
+def join_pieces(
+    pieces: Mapping[int, PyTree],
+    mesh: Mesh,
+    specs: PyTree = PartitionSpec(DATA_AXIS),  # noqa: B008  # immutable
+) -> PyTree:
+    """Returns arrays over all devices of a mesh, each process giving the pieces of its own.
+
+    Each piece goes to its device, or devices where the mesh has further axes, and nowhere else.
+
+    Args:
+      pieces: by their number along ``"data"``, those that `local_pieces` names: trees of NumPy
+        arrays, alike in structure, shapes and dtypes in all processes.
+      mesh: with an axis ``"data"``, of D devices.
+      specs: along which axis of each array the pieces follow each other, D times as long as that of
+        one: a tree like a piece, or the beginning of one, of `jax.sharding.PartitionSpec` that
+        name ``"data"`` and nothing else.
+
+    >>> joined = join_pieces({0: np.arange(3)}, data_mesh(jax.devices()[:1]))
+    >>> joined.sharding.spec, joined.tolist()
+    (P('data',), [0, 1, 2])
+    """
+    mesh = check_mesh(mesh)
+
+    def join(spec: PartitionSpec, *trees: PyTree) -> PyTree:
+        axis = tuple(spec).index(DATA_AXIS)
+
+        def join_leaf(*leaves: np.ndarray) -> jax.Array:
+            by_number = dict(zip(pieces, leaves, strict=True))
+            shape = list(leaves[0].shape)
+            length, shape[axis] = shape[axis], shape[axis] * num_shards(mesh)
+
+            def piece_at(index: Any) -> np.ndarray:
+                return by_number[(index[axis].start or 0) // length]
+
+            return jax.make_array_from_callback(tuple(shape), NamedSharding(mesh, spec), piece_at)
+
+        return jax.tree.map(join_leaf, *trees)
+
+    return jax.tree.map(
+        join, specs, *pieces.values(), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
+
+
 def on_mesh(tree: PyTree, mesh: Mesh, *, cut: bool = False) -> PyTree:
     """Returns the arrays of a tree as a program with ``mesh=`` takes them.
 
@@ -220,6 +275,31 @@ def take_rows(examples: Examples, indices: jax.Array, mesh: Mesh) -> Examples:
         local,
         mesh=check_mesh(mesh),
         in_specs=(PartitionSpec(DATA_AXIS), PartitionSpec()),
+        out_specs=PartitionSpec(None, DATA_AXIS),
+        axis_names={DATA_AXIS},
+    )(examples, indices)
+
+
+def take_own_rows(examples: Examples, indices: jax.Array, mesh: Mesh) -> Examples:
+    """Returns rows that each device looks up in its own piece of the examples: nothing is sent.
+
+    Args:
+      examples: n of them, in D pieces of n/D; see `is_cut`.
+      indices: mini-batches (steps, m) in D pieces of m/D columns, each of which counts the rows of
+        the piece of the same number, from 0.
+      mesh: with an axis ``"data"``, of D devices.
+
+    Returns:
+      A pytree whose leaves are (steps, m, ...), cut along m.
+    """
+
+    def local(examples: Examples, indices: jax.Array) -> Examples:
+        return jax.tree.map(lambda leaf: leaf.at[indices].get(mode="promise_in_bounds"), examples)
+
+    return jax.shard_map(
+        local,
+        mesh=check_mesh(mesh),
+        in_specs=(PartitionSpec(DATA_AXIS), PartitionSpec(None, DATA_AXIS)),
         out_specs=PartitionSpec(None, DATA_AXIS),
         axis_names={DATA_AXIS},
     )(examples, indices)
@@ -317,6 +397,7 @@ def on_each_shard(
     shared: PyTree,
     examples: Examples,
     out_specs: PyTree = PartitionSpec(),  # noqa: B008  # immutable
+    num_examples: int | None = None,
 ) -> PyTree:
     """Runs a function on every device on its own rows of the examples; for use under `jax.jit`.
 
@@ -332,8 +413,9 @@ def on_each_shard(
       examples: leading axis n.
       out_specs: ``PartitionSpec(DATA_AXIS)`` for one value a row: those of all rows of all
         devices, D⌈n/D⌉ in order, the last not counting.
+      num_examples: n, where the examples are filled up to D⌈n/D⌉ already.
     """
-    mesh, n = check_mesh(mesh), _validate.num_examples(examples)
+    mesh, n = check_mesh(mesh), num_examples or _validate.num_examples(examples)
     rows = -(-n // num_shards(mesh))
     padded = _pad_rows(examples, rows * num_shards(mesh))
 

@@ -106,6 +106,7 @@ def make_epoch(
     strategy: MeanStrategy = "auto",
     mesh: Mesh | None = None,
     rules: sharding.Rules = (),
+    own_rows: bool = False,
 ) -> Callable[[TrainState, Examples, Array], tuple[TrainState, StepInfo]]:
     """Returns an epoch of training: one compiled program that walks explicit mini-batches.
 
@@ -126,14 +127,18 @@ def make_epoch(
       rules: which parameters, with their optimizer state, are cut over the mesh and how, see
         `sharding.param_shardings`; the rest lies whole on every device. Examples may be cut too,
         by `sharding.shard_examples`: of a mini-batch only its rows are then sent.
+      own_rows: with D devices along ``"data"``, the examples are D pieces of n/D rows, the columns
+        of batches D pieces of m/D, and piece d of the columns counts the rows of piece d of the
+        examples, from 0. Then no row is sent: what `data.ShuffledChunks` makes for each device.
 
     Returns:
       A jitted function ``(state, examples, batches) -> (state, info)``: examples has leading axis n
       and stays where it is, batches is (steps, m) of any integer dtype, and ``info.cost`` is
       (steps,). Under `jax.vmap` it trains many states at a time. Indices are not checked, for they
-      live on the device: they must lie in [−1, n), and each row must name at least one example (a
-      row of −1 alone gives a non-finite cost). It raises `ValueError` where batches is not a matrix
-      and `TypeError` where it is not of integers.
+      live on the device: they must lie in [−1, n), or [−1, n/D) with ``own_rows``, and each row
+      must name at least one example (a row of −1 alone gives a non-finite cost). It raises
+      `ValueError` where batches is not a matrix, or n or m no multiple of D with ``own_rows``, and
+      `TypeError` where batches is not of integers.
 
     >>> import jax.numpy as jnp, sgd_jax as sj
     >>> optimizer = sj.sgd(learning_rate=0.5)
@@ -149,13 +154,15 @@ def make_epoch(
     def epoch(
         state: TrainState, examples: Examples, batches: Array, *, is_cut: bool = False
     ) -> tuple[TrainState, StepInfo]:
-        _validate.num_examples(examples)
+        n = _validate.num_examples(examples)
         if jnp.ndim(batches) != 2:
             raise ValueError(f"batches must be (steps, m), got shape {jnp.shape(batches)}")
         if batches.shape[1] == 0:
             raise ValueError(f"batches must name examples, got m = 0 in shape {batches.shape}")
         if not jnp.issubdtype(jnp.result_type(batches), jnp.integer):
             raise TypeError(f"batches must hold indices, got dtype {jnp.result_type(batches)}")
+        if own_rows and mesh is not None:
+            _check_pieces(n, batches.shape[1], sharding.num_shards(mesh))
         batches = sampling.lay_out(batches, mesh)
 
         def step(state: TrainState, batch: tuple[Examples, Array]) -> tuple[TrainState, StepInfo]:
@@ -163,7 +170,9 @@ def make_epoch(
 
         def block(state: TrainState, indices: Array) -> tuple[TrainState, StepInfo]:
             present, named = indices >= 0, jnp.maximum(indices, 0)
-            if mesh is not None and is_cut:
+            if mesh is not None and own_rows:
+                gathered = sharding.take_own_rows(examples, named, mesh)
+            elif mesh is not None and is_cut:
                 gathered = sharding.take_rows(examples, named, mesh)
             else:
                 gathered = jax.tree.map(
@@ -272,6 +281,16 @@ def _placed(
         return compiled(state, *placed, **options(*placed))
 
     return run
+
+
+def _check_pieces(n: int, m: int, num_shards: int) -> None:
+    for name, length in (("n", n), ("m", m)):
+        if length % num_shards:
+            raise ValueError(
+                f"own_rows is set with {name} = {length}, no multiple of the {num_shards} devices "
+                "of the mesh; fill up each device's piece, examples with any rows and batches with "
+                "−1"
+            )
 
 
 def _checked(mesh: Mesh | None, rules: sharding.Rules) -> Mesh | None:

@@ -9,6 +9,9 @@ It stores what each call returns, by the names in `results`.
 
 import re
 import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,8 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 import sgd_jax as sj
+from experiments import _classifier, train
+from experiments._config import Config
 from sgd_jax import sampling, sharding
 
 N, M, STEPS = 43, 10, 3  # 2 and 8 divide neither n nor, 8, m
@@ -156,6 +161,66 @@ def _take(mesh):
     return jax.jit(lambda examples, indices: sharding.take_rows(examples, indices, mesh))
 
 
+def write_images(folder):
+    """Writes N images of 2 × 3 pixels to train on, in two shards, and 13 and 9 to be measured."""
+    random = np.random.default_rng(0)
+    for name, n in (("train-0", 30), ("train-1", N - 30), ("validation", 13), ("test", 9)):
+        np.save(Path(folder, f"x_{name}.npy"), random.integers(0, 200, (n, 2, 3), np.uint8))
+        np.save(Path(folder, f"y_{name}.npy"), np.arange(n) % 3)
+
+
+def streamed(mesh):
+    """Returns two networks after an epoch of examples on the disk, and all that was measured.
+
+    Of the 5 mini-batches 2 go into a chunk, and 8 examples into a block that is measured.
+    """
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(_classifier, "CHUNK_SIZE", 8):
+        write_images(folder)
+        config = Config(
+            dataset=folder, stream=True, chunk_mib=2 * 2 * M * (6 + 4) / 2**20, sizes=(6, 4, 3),
+            batch_size=M, epochs=1, num_seeds=2, dtype="float64",
+        )  # fmt: skip
+        result = train.run(config, mesh=mesh)
+    measured = [
+        {name: np.array(value) for name, value in line.items() if "second" not in name}
+        for line in result.records
+    ]
+    return result.state, measured
+
+
+def own_rows():
+    """Returns 40 examples and 4 mini-batches of 16, as 8 pieces of 5 rows and 2 columns each."""
+    examples = jax.tree.map(lambda leaf: leaf[:40], problem()[1])
+    return examples, np.random.default_rng(0).integers(-1, 5, (4, 16))
+
+
+def epoch_of_own_rows(mesh):
+    """Returns the same of mini-batches that each device takes from the examples that it holds."""
+    params, _ = problem()
+    examples, batches = own_rows()
+    state = sj.init_state(params, OPTIMIZER)
+    if mesh is None:  # the same rows, as they are numbered among all
+        batches = np.where(batches < 0, -1, batches + 5 * (np.arange(16) // 2))
+    else:
+        examples = sharding.shard_examples(examples, mesh)
+    return sj.make_epoch(fun, OPTIMIZER, mesh=mesh, own_rows=True)(state, examples, batches)
+
+
+def refusals_of_own_rows():
+    """Returns what is said of examples, and of mini-batches, that 8 devices do not divide."""
+    params, _ = problem()
+    examples, batches = own_rows()
+    epoch = sj.make_epoch(fun, OPTIMIZER, mesh=sharding.data_mesh(), own_rows=True)
+    said = []
+    for n, m in ((39, 16), (40, 15)):
+        few = jax.tree.map(lambda leaf, n=n: leaf[:n], examples)
+        try:
+            epoch(sj.init_state(params, OPTIMIZER), few, batches[:, :m])
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 def moments_by_rules(mesh):
     if mesh is None:
         return moments(None)
@@ -170,6 +235,8 @@ RESULTS = {
     "rows": (rows, (2, 8)),
     "epoch_by_rules": (epoch_by_rules, (8,)),
     "epoch_all_cut": (epoch_all_cut, (8,)),
+    "epoch_of_own_rows": (epoch_of_own_rows, (8,)),
+    "streamed": (streamed, (1, 2, 8)),
     "moments_by_rules": (moments_by_rules, (8,)),
     "sweep": (sweep, (2, 8)),
     "moments": (moments, (1, 2, 8)),
@@ -196,6 +263,18 @@ def collectives():
     run = jax.jit(sj.make_epoch(fun, optimizer, mesh=mesh))
     lowered = run.lower(sj.init_state(params, optimizer), examples, batches)
     return _collectives_in(lowered.compile().as_text())
+
+
+def collectives_of_own_rows():
+    """Returns the same of an epoch whose rows each device takes from the examples it holds."""
+    params, _ = problem()
+    optimizer, mesh = sj.sgd(1.0), sharding.data_mesh()
+    examples, batches = own_rows()
+    examples = sharding.shard_examples(examples, mesh)
+    batches = sharding.place(batches, jax.NamedSharding(mesh, P(None, "data")))
+    run = jax.jit(sj.make_epoch(fun, optimizer, mesh=mesh, own_rows=True))
+    state = sharding.replicate(sj.init_state(params, optimizer), mesh)
+    return _collectives_in(run.lower(state, examples, batches).compile().as_text())
 
 
 def _collectives_in(text):
@@ -227,6 +306,9 @@ def main(path):
     found = {"collective_kinds": np.array(kinds), "collective_bytes": np.array(sizes)}
     kinds, sizes = zip(*collectives_of_rows(), strict=True)
     found |= {"row_kinds": np.array(kinds), "row_bytes": np.array(sizes)}
+    kinds, sizes = zip(*collectives_of_own_rows(), strict=True)
+    found |= {"own_row_kinds": np.array(kinds), "own_row_bytes": np.array(sizes)}
+    found["own_row_refusals"] = np.array(refusals_of_own_rows())
     for name, (function, nums) in RESULTS.items():
         for num in nums:
             mesh = sharding.data_mesh(jax.devices()[:num])

@@ -135,7 +135,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_there_bit_for_bit(
             raise KeyboardInterrupt
 
     def prefetched(source, put, first=0):
-        if isinstance(source, data.ShuffledChunks):
+        if isinstance(source[0][0], data.Chunk):
             started.append((first, len(source)))
         return prefetch(source, put, first)
 

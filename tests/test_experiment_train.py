@@ -81,10 +81,18 @@ def metrics(path):
 def last_arrays(path):
     """Returns the bytes of every array in the last checkpoint of a run."""
     import orbax.checkpoint as ocp
+    from etils import epath
 
     epoch = max(int(child.name) for child in (path / "checkpoints").iterdir())
+    state = (path / "checkpoints" / str(epoch) / "state").absolute()
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever they were saved
+    saved = ocp.StandardCheckpointHandler().metadata(epath.Path(state)).tree
+    like = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+        for name, leaf in saved.items()
+    }
     with ocp.StandardCheckpointer() as reader:
-        arrays = reader.restore((path / "checkpoints" / str(epoch) / "state").absolute())
+        arrays = reader.restore(state, like)
     return epoch, {name: (a.dtype, np.asarray(a).tobytes()) for name, a in arrays.items()}
 
 

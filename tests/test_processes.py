@@ -12,11 +12,13 @@ import jax
 import joined
 import numpy as np
 import pytest
+import streamed_together
+from test_experiment_train import assert_same_run
 
 from experiments import _recorded, train
 from experiments._config import Config
 from experiments._within_epoch import Progress
-from sgd_jax import processes, runs
+from sgd_jax import data, processes, runs
 
 ROOT = pathlib.Path(train.__file__).parents[1]
 PATIENT = "--peer_timeout=3000"  # a test machine may stand still for a while
@@ -152,6 +154,52 @@ def test_two_processes_compare_gradients_as_one_does(tmp_path, trained):
                             encoding="utf-8", dtype=None) for name in ("one", "two")]  # fmt: skip
     for name in ("predicted", "measured", "mean_cosine", "cosine_5"):
         np.testing.assert_allclose(tables[1][name], tables[0][name], rtol=1e-10)
+
+
+# Examples that stay on the disk
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    """The runs of `streamed_together`, and what is needed to go on with them."""
+    folder, out_dir = (tmp_path_factory.mktemp(name) for name in ("data", "runs"))
+    eight_devices.write_images(folder)
+    port = free_port()
+    done = run_together(*([streamed_together.__file__, port, k, folder, out_dir] for k in range(2)))
+    for code, _, errors in done:
+        assert code == 0, errors
+    return folder, out_dir
+
+
+def test_two_processes_stream_as_one_does(streamed, tmp_path):
+    folder, out_dir = streamed
+    assert streamed_together.run(*streamed_together.arguments(folder, tmp_path)) == 0
+    (alone,) = tmp_path.iterdir()
+    records = runs.RunFolder(out_dir / "whole").read_metrics()
+    assert_same_records(records, runs.RunFolder(alone).read_metrics())
+    assert all(line["noise_trace"] > 0 for line in records)
+
+
+def test_two_processes_go_on_within_an_epoch_bit_for_bit(streamed):
+    _, out_dir = streamed
+    assert_same_run(out_dir / "whole", out_dir / "two")
+    assert not (out_dir / "two" / "checkpoints_within_epoch").exists()
+
+
+def test_one_process_goes_on_within_the_epoch_where_two_were_stopped(streamed, monkeypatch):
+    _, out_dir = streamed
+    started = []
+
+    def prefetched(source, put, first=0):
+        started.append((first, len(source)))
+        return prefetch(source, put, first)
+
+    prefetch = data.prefetched
+    monkeypatch.setattr(data, "prefetched", prefetched)
+    assert streamed_together.run(f"--out_dir={out_dir}", "--run_name=stopped", "--resume") == 0
+    assert started[0] == (streamed_together.SAVE_EVERY, streamed_together.NUM_CHUNKS)
+    whole, gone_on = (runs.RunFolder(out_dir / name) for name in ("whole", "stopped"))
+    assert_same_records(gone_on.read_metrics(), whole.read_metrics())
 
 
 # The library itself

@@ -64,7 +64,31 @@ def test_of_examples_that_are_cut_only_the_rows_named_are_sent(on_devices):
     assert list(on_devices["row_bytes"]) == [8 * kept]
 
 
+def test_of_examples_that_each_device_takes_from_its_own_none_is_sent(on_devices):
+    params, _ = eight_devices.problem()
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert set(on_devices["own_row_kinds"]) == {"all-reduce"}
+    sizes = sorted(on_devices["own_row_bytes"])
+    assert sizes == [8 * 4, 8 * (num_parameters + 1)]  # how many each of 4 mini-batches has
+
+
+def test_own_rows_that_the_devices_do_not_divide_are_refused(on_devices):
+    of_examples, of_batches = on_devices["own_row_refusals"]
+    assert "own_rows is set with n = 39, no multiple of the 8 devices" in of_examples
+    assert "own_rows is set with m = 15, no multiple of the 8 devices" in of_batches
+
+
 MESH = sharding.data_mesh()  # of one device
+
+
+def test_pieces_go_where_they_belong_whatever_axis_they_are_cut_along():
+    assert sharding.local_pieces(MESH) == [0]
+    tree = {"rows": np.arange(6).reshape(3, 2), "columns": np.ones((2, 4))}
+    specs = {"rows": P("data"), "columns": P(None, "data")}
+    joined = sharding.join_pieces({0: tree}, MESH, specs)
+    for name, leaf in tree.items():
+        np.testing.assert_array_equal(joined[name], leaf)
+        assert joined[name].sharding.spec == specs[name]
 
 
 def test_a_mesh_without_the_axis_data_is_refused():

@@ -362,22 +362,54 @@ def test_several_orders_share_a_chunk_and_each_is_that_it_has_alone(shards):
                 np.testing.assert_array_equal(leaf[order][present], expected[0][present])
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_the_shares_of_all_processes_side_by_side_are_the_mini_batches(shards, num_processes):
-    whole = chunks_of(shards)
+@pytest.mark.parametrize("num_processes", [2, 3, 4, 8])
+@pytest.mark.parametrize("seeds", [[(0, 1)], [(0, 1), (7, 1)]])
+def test_the_shares_of_all_processes_side_by_side_are_the_mini_batches(
+    shards, num_processes, seeds
+):
+    whole = chunks_of(shards, seeds=seeds)
     shares = [
-        chunks_of(shards, steps=2, process_index=k, num_processes=num_processes)
+        chunks_of(shards, seeds=seeds, process_index=k, num_processes=num_processes)
         for k in range(num_processes)
     ]
-    for chunks in shares:  # a share of a mini-batch is smaller, so more of them go into a chunk
-        assert chunks.num_steps == whole.num_steps
-    step = 0
-    for number in range(len(shares[0])):
-        side_by_side = np.concatenate([chunks.indices(number) for chunks in shares], axis=2)
-        for row in side_by_side[0]:
-            np.testing.assert_array_equal(row, whole.indices(step // 2)[0, step % 2])
-            step += 1
-    assert step == whole.num_steps
+    examples = data.load(shards).train
+    for number in range(len(whole)):
+        expected = whole.indices(number)
+        filled_up = np.full((*expected.shape[:2], -4 % num_processes), -1)
+        expected = np.concatenate([expected, filled_up], axis=2)
+        found = np.concatenate([chunks.indices(number) for chunks in shares], axis=2)
+        np.testing.assert_array_equal(found, expected)
+        taken = [chunks[number] for chunks in shares]
+        assert [len(chunk.examples.labels) for chunk in taken] == [
+            chunks.num_rows(number) for chunks in shares
+        ]  # of one shape: a program of all processes can be called on them
+        assert len({chunks.num_rows(number) for chunks in shares}) == 1
+        present = expected >= 0
+        batches = np.concatenate([chunk.batches for chunk in taken], axis=2)
+        np.testing.assert_array_equal(batches >= 0, present)
+        for leaf, all_rows in enumerate(examples):
+            rows = np.concatenate([read(chunk)[leaf] for chunk in taken], axis=2)
+            np.testing.assert_array_equal(rows[present], all_rows[expected[present]])
+    for chunks in shares:
+        assert (len(chunks), chunks.num_steps) == (len(whole), whole.num_steps)
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 8])
+def test_the_parts_of_all_processes_one_after_the_other_are_the_blocks(shards, num_processes):
+    examples = data.open_dataset(shards).train
+    options = {"block_bytes": 10 * 9, "multiple": 3}
+    whole = data.Blocks(examples, **options)
+    parts = [
+        data.Blocks(examples, **options, process_index=k, num_processes=num_processes)
+        for k in range(num_processes)
+    ]
+    assert [len(blocks) for blocks in parts] == [len(whole)] * num_processes
+    assert [whole.num_rows(k) for k in range(3)] == [9, 9, 5]
+    for number in range(len(whole)):
+        for leaf, expected in enumerate(whole[number]):
+            found = [blocks[number][leaf] for blocks in parts]
+            assert {len(part) for part in found} == {-(-len(expected) // num_processes)}
+            np.testing.assert_array_equal(np.concatenate(found)[: len(expected)], expected)
 
 
 @pytest.mark.parametrize(
@@ -386,8 +418,8 @@ def test_the_shares_of_all_processes_side_by_side_are_the_mini_batches(shards, n
         ({"m": 0}, "batch_size is 0"),
         ({"m": N + 1}, "batch_size is 24; expected 1 to 23"),
         ({"steps": 0.5}, "takes 40 bytes and a chunk at most 20; .*smaller"),
-        ({"num_processes": 3}, "no equal share"),
-        ({"process_index": 2, "num_processes": 2}, "process 2 of 2"),
+        ({"process_index": 2, "num_processes": 2}, "process_index is 2; expected 0 to .* = 1"),
+        ({"process_index": -1}, "process_index is -1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(shards, options, message):
