@@ -196,6 +196,20 @@ def make_init(
     return np.arange(seeds.start, seeds.stop, dtype=np.uint32), init_all
 
 
+def first_networks(
+    sizes: tuple[int, ...], init: InitScheme, seeds: range, dtype: jax.typing.DTypeLike
+) -> tuple[Params, Array]:
+    """Returns the networks before the first step, and keys for their draws: a row for each seed."""
+
+    @jax.jit
+    @jax.vmap
+    def first(seed: Array) -> tuple[Params, Array]:
+        of_network, of_draws = split_seed(seed)
+        return sj.init_network(of_network, sizes, init, dtype), of_draws
+
+    return first(np.arange(seeds.start, seeds.stop, dtype=np.uint32))
+
+
 def split_seed(seed: Array) -> Array:
     """Returns two keys: for the network, and for the order of its examples."""
     return jax.random.split(jax.random.key(seed))

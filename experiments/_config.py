@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -48,7 +49,8 @@ class Config:
         """Raises ValueError at what is wrong whatever the data are."""
         costs, schemes = get_args(_classifier.Cost), get_args(InitScheme)
         sizes_are_good = self.sizes is None or (len(self.sizes) >= 2 and min(self.sizes) >= 1)
-        for name, is_good, expected in (
+        check_fields(
+            self,
             ("sizes", sizes_are_good, "two or more whole numbers of at least 1, as in 784,30,10"),
             ("cost", self.cost in costs, f"one of {', '.join(costs)}"),
             ("init", self.init in schemes, f"one of {', '.join(schemes)}"),
@@ -67,9 +69,7 @@ class Config:
             ("seed", 0 <= self.seed <= 2**32 - self.num_seeds, "seeds from 0 to 2³² − 1"),
             ("noise_examples", self.noise_examples >= 3, "a whole number of at least 3"),
             ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
-        ):
-            if not is_good:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+        )
         if self.adaptive and self.num_seeds > 1:
             raise ValueError(
                 f"num_seeds is {self.num_seeds}; expected 1 with an adaptive batch size, which is "
@@ -86,6 +86,28 @@ class Config:
     def chunk_bytes(self) -> int:
         """The size of a chunk of streamed examples."""
         return int(self.chunk_mib * 2**20)
+
+
+def check_fields(settings: Any, *rules: tuple[str, bool, str]) -> None:
+    """Raises ValueError at the first rule that settings do not keep.
+
+    Args:
+      settings: Any that have a ``repr``, by name.
+      *rules: Name, whether its value is good, and what was expected.
+    """
+    for name, is_good, expected in rules:
+        if not is_good:
+            raise ValueError(f"{name} is {getattr(settings, name)!r}; expected {expected}")
+
+
+def fill_batch_sizes(batch_sizes: Sequence[int], n: int) -> tuple[int, ...]:
+    """Returns mini-batch sizes in order, each once, 0 being all n; raises ValueError above n."""
+    if max(batch_sizes) > n:
+        raise ValueError(
+            f"batch_sizes holds {max(batch_sizes)}; expected at most {n}, the training examples. "
+            "All of them are called full"
+        )
+    return tuple(sorted({m or n for m in batch_sizes}))
 
 
 def read_config(stored: dict[str, Any]) -> Config:

@@ -1,5 +1,6 @@
 """The flags of a classification run, by heading: defined once, for every program that trains."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -170,6 +171,20 @@ def given_settings(groups: HelpGroups = GROUPS) -> dict[str, Any]:
     if given.get("smoke"):
         given.setdefault("epochs", SMOKE_EPOCHS)
     return given
+
+
+def parse_batch_sizes(words: Sequence[str]) -> tuple[int, ...]:
+    """Returns the sizes given by `BATCH_SIZES`, 0 for full; raises ValueError."""
+    try:
+        sizes = tuple(0 if word == "full" else int(word) for word in words)
+    except ValueError as error:
+        raise ValueError(
+            f"batch_sizes is {','.join(words)!r}; expected whole numbers with commas between, or "
+            "full"
+        ) from error
+    if any(word in ("0", "-0") for word in words):
+        raise ValueError("batch_sizes holds 0; expected sizes of at least 1, or full for all")
+    return sizes
 
 
 def _parse_sizes(text: str) -> tuple[int, ...]:

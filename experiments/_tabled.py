@@ -12,12 +12,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from matplotlib.figure import Figure
 
-from experiments import _flags, _recorded, _starting_point
+from experiments import _flags, _recorded
 from experiments._cli import HelpGroups
-from experiments._config import Config
 from experiments._console import TableDisplay
 from experiments._recorded import Output
-from sgd_jax import data, processes, runs
+from sgd_jax import processes, runs
 
 Row = dict[str, Any]
 """A line of a table: values by name, None where there is none."""
@@ -50,10 +49,12 @@ class Picture(NamedTuple):
     heading: str
     description: str
     """What a person sees who does not see it."""
-    figure: Figure | Path
-    """To be drawn, or a file that is there already."""
-    stem: str = ""
-    """Of the file to draw: `figures/<stem>.png`."""
+    figure: Figure | Callable[[Path], None]
+    """To be drawn, or what writes the file, given its path."""
+    stem: str
+    """Of its file: `figures/<stem>.png`."""
+    suffix: str = ".png"
+    """Of its file, where it is not drawn."""
 
 
 class Table(NamedTuple):
@@ -112,34 +113,10 @@ def take(given: dict[str, Any], kind: Any) -> dict[str, Any]:
     return {f.name: given.pop(f.name) for f in dataclasses.fields(kind) if f.name in given}
 
 
-def whole_numbers(name: str) -> Callable[[tuple[str, ...]], tuple[int, ...]]:
-    """Returns what parses a list of whole numbers given for the setting ``name``."""
-
-    def parse(words: tuple[str, ...]) -> tuple[int, ...]:
-        try:
-            return tuple(int(word) for word in words)
-        except ValueError as error:
-            raise ValueError(
-                f"{name} is {','.join(words)!r}; expected whole numbers with commas between"
-            ) from error
-
-    return parse
-
-
-class Opened(NamedTuple):
-    """Checked settings and data, and a folder made for the answer."""
-
-    training: Config
-    dataset: data.Dataset
-    folder: runs.RunFolder
-    notes: list[str]
-
-
 def read_settings(
     kind: Callable[..., Own],
     flag_groups: HelpGroups,
     smoke: Mapping[str, Any],
-    parse: Mapping[str, Callable[[tuple[str, ...]], Any]] = {},
 ) -> tuple[Own, dict[str, Any], Output]:
     """Returns the experiment's own settings, those of training that are given, and the output.
 
@@ -147,8 +124,6 @@ def read_settings(
       kind: The dataclass of its own settings.
       flag_groups: The flags that the program reads.
       smoke: Its own settings with --smoke, where they are not given.
-      parse: For settings that are lists: from the words given to what ``kind`` takes. By default
-        they are the words themselves.
 
     Raises:
       ValueError: a setting is wrong whatever the data are.
@@ -158,37 +133,12 @@ def read_settings(
     own, output = take(given, kind), Output(**take(given, Output))
     for name, value in own.items():
         if isinstance(value, list):
-            own[name] = parse.get(name, tuple)(tuple(value))
+            own[name] = tuple(value)
+    if "batch_sizes" in own:
+        own["batch_sizes"] = _flags.parse_batch_sizes(own["batch_sizes"])
     config = kind(**((dict(smoke) if given.get("smoke") else {}) | own))
     processes.from_first(lambda: _recorded.read_stored(output))
     return config, given, output
-
-
-def open_folder(
-    name: str,
-    config: Any,
-    given: Mapping[str, Any],
-    output: Output,
-    source: str,
-    check: Callable[[Config, data.Dataset], None] = lambda training, dataset: None,
-) -> Opened:
-    """Loads the data, checks the settings of training against them, and makes the run folder.
-
-    Args:
-      name: Under which the experiment's own settings stand in `config.json`.
-      config: The experiment's own settings, a dataclass.
-      given: Settings of training.
-      output: Where the folder goes.
-      source: File of the program.
-      check: Called with the settings of training and the data, before the folder is made; raises
-        ValueError where the experiment's own settings do not fit them.
-    """
-    training, dataset = _starting_point.prepare(dict(given))
-    check(training, dataset)
-    settings = {**dataclasses.asdict(training), name: dataclasses.asdict(config)}
-    return Opened(
-        training, dataset, *_recorded.open_folder(output, settings, dataset, None, source)
-    )
 
 
 def record(
@@ -256,10 +206,11 @@ def _record(
 def _write(folder: runs.RunFolder, answer: Answer) -> None:
     sections = {"": runs.html_pairs(answer.summary)}
     for picture in answer.pictures:
-        path = picture.figure
-        if isinstance(path, Figure):
-            path = folder.path / "figures" / f"{picture.stem}.png"
-            runs.save_figure(path, picture.figure)  # pyright: ignore[reportArgumentType]
+        path = folder.path / "figures" / f"{picture.stem}{picture.suffix}"
+        if isinstance(picture.figure, Figure):
+            runs.save_figure(path, picture.figure)
+        else:
+            picture.figure(path)
         sections[picture.heading] = runs.html_figure(path, picture.description)
     for table, rows in answer.tables:
         legend = f"<p>{html.escape(table.legend)}</p>" if table.legend else ""

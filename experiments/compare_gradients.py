@@ -36,6 +36,7 @@ from experiments import (
     _starting_point,
     _tabled,
 )
+from experiments._config import check_fields, fill_batch_sizes
 from experiments._starting_point import StartingPoint
 from experiments._tabled import Column
 from sgd_jax import runs
@@ -59,16 +60,15 @@ class Config:
         """Raises ValueError at what is wrong whatever the data are."""
         known = ", ".join(_comparison.SCHEMES)
         unknown = set(self.schemes or ()) - set(_comparison.SCHEMES)
-        for name, is_good, expected in (
+        check_fields(
+            self,
             ("schemes", self.schemes != () and not unknown, f"any of {known}"),
             ("batch_sizes", self.batch_sizes != (), "one size or more, as in 1,10,100,full"),
             ("batch_sizes", min(self.batch_sizes or (0,)) >= 0, "whole numbers of at least 1"),
             ("num_draws", self.num_draws >= 2, "a whole number of at least 2"),
             ("min_drawn", self.min_drawn >= 0, "a whole number of at least 0"),
             ("floor", 0 <= self.floor <= 1, "a number from 0 to 1"),
-        ):
-            if not is_good:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+        )
 
 
 def resolve(config: Config, n: int, num_classes: int, has_anchor: bool) -> Config:
@@ -78,14 +78,9 @@ def resolve(config: Config, n: int, num_classes: int, has_anchor: bool) -> Confi
       ValueError: a batch size above n; a scheme that is not defined here.
     """
     if config.batch_sizes is None:
-        sizes = {m for k in range(10) for m in (10**k, 3 * 10**k) if m < n} | {n}
+        sizes = (*(m for k in range(10) for m in (10**k, 3 * 10**k) if m < n), n)
     else:
-        sizes = {m or n for m in config.batch_sizes}
-    if max(sizes) > n:
-        raise ValueError(
-            f"batch_sizes holds {max(sizes)}; expected at most {n}, the training examples. All of "
-            "them are called full"
-        )
+        sizes = fill_batch_sizes(config.batch_sizes, n)
     schemes = dict.fromkeys(config.schemes or _comparison.SCHEMES)
     if not has_anchor and "control_variate" in schemes:
         if config.schemes is not None:
@@ -100,7 +95,7 @@ def resolve(config: Config, n: int, num_classes: int, has_anchor: bool) -> Confi
             f"schemes holds {strata[0]}, which draws from each of {num_classes} classes; expected "
             f"a batch size of at least {num_classes}"
         )
-    return dataclasses.replace(config, batch_sizes=tuple(sorted(sizes)), schemes=tuple(schemes))
+    return dataclasses.replace(config, batch_sizes=sizes, schemes=tuple(schemes))
 
 
 class Result(NamedTuple):
@@ -227,9 +222,7 @@ GROUPS = _tabled.groups(
 def main() -> int:
     """Reads the flags, compares, leaves the run folder; returns the exit code."""
     with _cli.user_errors():
-        config, given, output = _tabled.read_settings(
-            Config, GROUPS, _SMOKE, parse={"batch_sizes": _parse_batch_sizes}
-        )
+        config, given, output = _tabled.read_settings(Config, GROUPS, _SMOKE)
         mesh = _processes.make_mesh(given)
         params = None
         if config.run is None:
@@ -257,19 +250,6 @@ def main() -> int:
 
     total = len(config.batch_sizes or ()) * len(config.schemes or ())
     return _tabled.record(folder, notes, total, find)
-
-
-def _parse_batch_sizes(texts: tuple[Any, ...]) -> tuple[int, ...]:
-    try:
-        sizes = tuple(0 if text == "full" else int(text) for text in texts)
-    except ValueError as error:
-        raise ValueError(
-            f"batch_sizes is {','.join(texts)!r}; expected whole numbers with commas between, or "
-            "full"
-        ) from error
-    if any(text in ("0", "-0") for text in texts):
-        raise ValueError("batch_sizes holds 0; expected sizes of at least 1, or full for all")
-    return sizes
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ McCandlish, Kaplan and Amodei (2018),
 
 below B_crit twice the mini-batch halves the steps, above it the examples are wasted. Fits S_min and
 E_min, with 95 % intervals, and puts B_crit beside the simple noise scale B = tr Σ/‖G‖² along one of
-the same runs. All seeds and learning rates of a size are one compiled program. Leaves tables,
-figure and report in a run folder.
+the same runs. All seeds and learning rates of a size are one compiled program. Sizes, unless given:
+the powers of two from 1 to 1,024. Leaves tables, figure and report in a run folder.
 
   python -m experiments.critical_batch_size
   python -m experiments.critical_batch_size --dataset=mnist
@@ -28,11 +28,9 @@ and a half for each of the others, on two shared cores.
 """
 
 import dataclasses
-import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,15 +42,15 @@ from absl import flags
 from matplotlib.figure import Figure
 
 import sgd_jax as sj
-from experiments import _classifier, _cli, _tabled
-from experiments._config import Config as Training
+from experiments import _asked, _classifier, _cli, _flags, _tabled, _target
+from experiments._asked import Asked, show_nothing
+from experiments._config import check_fields, fill_batch_sizes
 from experiments._tabled import Column
+from experiments._target import RATES, Problem, count_steps
 from sgd_jax import data
-from sgd_jax._typing import Array, CostFn, Params
 
-RATES = tuple(2.0**k for k in range(-3, 6))
 _TRAINING = {"num_seeds": 3}
-_SMOKE = {"sizes_swept": (8, 16, 64), "target": 0.3, "most_epochs": 20}
+_SMOKE = {"batch_sizes": (8, 16, 64), "target": 0.3, "most_epochs": 20}
 _CHECKS = 25  # how often, about, the accuracy is looked at before the target
 _STEPS = 3000  # that every size may take
 _CHUNK_SIZE = 1000
@@ -64,26 +62,25 @@ _POINTS = 12  # at so many points at most
 class Config:
     """What is swept; the flags of the same names say what each is."""
 
-    sizes_swept: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     target: float = 0.9
     most_epochs: int = 30
     num_validated: int = 2000
 
     def __post_init__(self):
         """Raises ValueError at what is wrong whatever the data are."""
-        sizes = self.sizes_swept
-        for name, is_good, expected in (
+        sizes_are_good = len(set(self.batch_sizes)) >= 3 and min(self.batch_sizes) >= 0
+        check_fields(
+            self,
             (
-                "sizes_swept",
-                len(set(sizes)) >= 3 and min(sizes) >= 1,
+                "batch_sizes",
+                sizes_are_good,
                 "three sizes or more of at least 1: two numbers are fitted",
             ),
             ("target", 0 < self.target < 1, "an accuracy between 0 and 1"),
             ("most_epochs", self.most_epochs >= 1, "a whole number of at least 1"),
             ("num_validated", self.num_validated >= 1, "a whole number of at least 1"),
-        ):
-            if not is_good:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+        )
 
 
 TABLE = _tabled.Table(
@@ -121,38 +118,27 @@ class Result(NamedTuple):
     """Along one of the runs: step, accuracy, tr Σ, ‖G‖² and noise scale."""
 
 
-def run(
-    config: Config,
-    training: Training,
-    dataset: data.Dataset,
-    show: _tabled.Show = lambda table, row: None,
-) -> Result:
+def run(asked: Asked[Config], show: _tabled.Show = show_nothing) -> Result:
     """Sweeps the sizes, largest first, and fits the trade of steps and examples.
 
     Args:
-      config: What is swept.
-      training: Of the network; its batch size, learning rate and optimizer do not count.
-      dataset: Trained on its training examples; the accuracy is that of the first validation
-        examples.
+      asked: As `resolve` returns it. Batch size, learning rate and optimizer of training do not
+        count; the accuracy is that of the first validation examples.
       show: Called with each row, before anything is fitted.
 
     Raises:
       ArithmeticError: a size does not reach the target with any learning rate.
     """
-    check(config, training, dataset)
-    dtype = np.dtype(training.dtype)
-    fun, output = _classifier.example_functions(
-        training.cost, dataset.num_classes, dataset.scale, dtype
-    )
-    examples = _classifier.to_device(dataset.train, dtype)
+    config, dataset = asked.config, asked.dataset
+    fun, output = asked.functions()
     held_out = data.Examples(*(leaf[: config.num_validated] for leaf in dataset.validation))
-    measure = _make_accuracy(output, _classifier.to_device(held_out, dtype))
-    problem = _Problem(fun, training, examples, measure)
+    measure = _target.make_accuracy(output, _classifier.to_device(held_out, asked.dtype))
+    problem = Problem(fun, asked.examples(), *asked.first_networks(), measure)
     rows, segment = [], 2
-    for m in sorted(set(config.sizes_swept), reverse=True):
+    for m in config.batch_sizes[::-1]:
         began = time.perf_counter()
-        most = max(_STEPS, math.ceil(config.most_epochs * len(dataset.train.labels) / m))
-        steps = _sweep(problem, m, segment, most, config.target)
+        most = max(_STEPS, math.ceil(config.most_epochs * asked.num_examples / m))
+        steps = count_steps(problem, m, segment, most, config.target)
         means = np.where(np.isfinite(steps).all(axis=0), steps.mean(axis=0), np.inf)
         best = int(np.argmin(means))
         row = {
@@ -176,92 +162,10 @@ def run(
     return Result(rows, fit, _measure_noise(problem, middle))
 
 
-def check(config: Config, training: Training, dataset: data.Dataset) -> None:
-    """Raises ValueError where the settings do not fit the data."""
-    del training
-    n = len(dataset.train.labels)
-    if max(config.sizes_swept) > n:
-        raise ValueError(
-            f"sizes_swept holds {max(config.sizes_swept)}; expected at most {n}, the training "
-            "examples"
-        )
-
-
-class _Problem(NamedTuple):
-    fun: CostFn
-    training: Training
-    examples: Any
-    measure: Callable[[Params], Array]
-
-
-def _make_accuracy(
-    output: Callable[[Params, Array], Array], examples: Any
-) -> Callable[[Params], Array]:
-    """Returns the accuracy of networks (G, R, …) on examples: (G, R)."""
-
-    @jax.jit
-    @jax.vmap
-    @jax.vmap
-    def accuracy(params: Params) -> Array:
-        outputs = jax.vmap(output, in_axes=(None, 0))(params, jnp.asarray(examples.inputs))
-        return jnp.mean(jnp.argmax(outputs, axis=1) == examples.labels)
-
-    return accuracy
-
-
-def _first(training: Training, num_rates: int) -> tuple[Params, Array]:
-    """Returns the networks before the first step, (G, R, …), and a key for each of G seeds."""
-    seeds = jnp.arange(training.seed, training.seed + training.num_seeds, dtype=jnp.uint32)
-    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
-    sizes, dtype = training.sizes or (), np.dtype(training.dtype)
-    networks = jax.vmap(lambda key: sj.init_network(key, sizes, training.init, dtype))(keys[:, 0])
-    shared = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf[:, None], (leaf.shape[0], num_rates, *leaf.shape[1:])),
-        networks,
-    )
-    return shared, keys[:, 1]
-
-
-def _sweep(problem: _Problem, m: int, segment: int, most_steps: int, target: float) -> np.ndarray:
-    """Returns the steps to the target, (num_seeds, num_rates); infinite where it is not reached.
-
-    The accuracy is looked at after every segment, and the step at which it crosses the target is
-    interpolated. All run until one learning rate has brought every seed there, and a third longer.
-    """
-    training, n = problem.training, len(problem.examples.labels)
-    sweep = sj.make_sweep(problem.fun, sj.sgd)
-    params, keys = _first(training, len(RATES))
-    rates = jnp.broadcast_to(
-        jnp.asarray(RATES, np.dtype(training.dtype)), (training.num_seeds, len(RATES))
-    )
-    states = sweep.init(params, rates)
-
-    @jax.jit
-    def draw(number: Array) -> Array:
-        return jax.vmap(
-            lambda key: jax.random.randint(
-                jax.random.fold_in(key, number), (segment, m), 0, n, jnp.int32
-            )
-        )(keys)
-
-    before = np.asarray(problem.measure(states.params), np.float64)
-    reached = np.where(before >= target, 0.0, np.inf)
-    taken, last = 0, float(most_steps)
-    while taken < last:
-        states, _ = sweep.epoch(states, rates, problem.examples, draw(jnp.asarray(taken)))
-        after = np.asarray(problem.measure(states.params), np.float64)
-        crossed = (after >= target) & np.isinf(reached)
-        share = (target - before) / np.where(crossed, after - before, 1)
-        reached = np.where(crossed, taken + segment * share, reached)
-        taken, before = taken + segment, after
-        if np.isfinite(reached).all(axis=0).any() and last == most_steps:
-            last = min(last, 4 / 3 * taken)
-    if not np.isfinite(reached).all(axis=0).any():
-        raise ArithmeticError(
-            f"no learning rate brings every seed to an accuracy of {target:g} in {taken} steps of "
-            f"{m} examples; give a lower --target, or more --most_epochs"
-        )
-    return reached
+def resolve(asked: Asked[Config]) -> Asked[Config]:
+    """Returns what is asked with the sizes filled in; raises ValueError where one is above n."""
+    sizes = fill_batch_sizes(asked.config.batch_sizes, asked.num_examples)
+    return asked._replace(config=dataclasses.replace(asked.config, batch_sizes=sizes))
 
 
 def fit_trade(sizes: Any, steps: Any) -> Fit:
@@ -294,13 +198,11 @@ def fit_trade(sizes: Any, steps: Any) -> Fit:
     )
 
 
-def _measure_noise(problem: _Problem, row: _tabled.Row) -> list[_tabled.Row]:
+def _measure_noise(problem: Problem, row: _tabled.Row) -> list[_tabled.Row]:
     """Returns the noise scale of all training examples along a run, from start to target."""
-    training, m = dataclasses.replace(problem.training, num_seeds=1), row["batch_size"]
-    optimizer = sj.sgd(row["learning_rate"])
+    m, optimizer = row["batch_size"], sj.sgd(row["learning_rate"])
     epoch = sj.make_epoch(problem.fun, optimizer)
-    params, keys = _first(training, 1)
-    state = sj.init_state(jax.tree.map(lambda leaf: leaf[0, 0], params), optimizer)
+    state = sj.init_state(jax.tree.map(lambda leaf: leaf[0], problem.networks), optimizer)
     segment = max(1, round(row["steps"] / (_POINTS - 1)))
     n, rows = len(problem.examples.labels), []
     for number in range(_POINTS):
@@ -320,7 +222,7 @@ def _measure_noise(problem: _Problem, row: _tabled.Row) -> list[_tabled.Row]:
                 "noise_scale": None if bool(scale.undetermined) else float(scale.value),
             }
         )
-        key = jax.random.fold_in(keys[0], number)
+        key = jax.random.fold_in(problem.keys[0], number)
         batches = jax.random.randint(key, (segment, m), 0, n, jnp.int32)
         state, _ = epoch(state, problem.examples, batches)
     return rows
@@ -388,13 +290,6 @@ def draw(result: Result, target: float, description: str) -> Figure:
     return figure
 
 
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-_SIZES_SWEPT = flags.DEFINE_list(
-    "sizes_swept", [str(m) for m in Config.sizes_swept], "Mini-batch sizes m, three or more."
-)
 _TARGET = flags.DEFINE_float("target", Config.target, "Accuracy on validation examples to reach.")
 _MOST_EPOCHS = flags.DEFINE_integer(
     "most_epochs",
@@ -405,58 +300,52 @@ _NUM_VALIDATED = flags.DEFINE_integer(
     "num_validated", Config.num_validated, "Validation examples that the accuracy is measured on."
 )
 GROUPS = _tabled.groups(
-    {"Sweep": (_SIZES_SWEPT, _TARGET, _MOST_EPOCHS, _NUM_VALIDATED)},
+    {"Sweep": (_flags.BATCH_SIZES, _TARGET, _MOST_EPOCHS, _NUM_VALIDATED)},
     *("batch_size", "learning_rate", "epochs"),
     *("momentum", "nesterov", "weight_decay", "optimizer"),
     shared=("Data", "Network", "Training", "Seeds", "Run folder"),
 )
 
 
+def find(asked: Asked[Config], show: _tabled.Show) -> _tabled.Answer:
+    """Returns what is left in the run folder."""
+    result, target = run(asked, show), asked.config.target
+    description = f"{asked.description}, to {target:.0%}"
+    summary = {
+        f"{name}{end}": value
+        for name, values in zip(
+            ("least_steps", "least_examples", "critical_batch_size"), result.fit, strict=True
+        )
+        for end, value in zip(("", "_low", "_high"), values, strict=True)
+    }
+    median = median_noise_scale(result.noise)
+    summary |= {
+        "noise_scale_median": median if math.isfinite(median) else None,
+        "noise_scale_of_means": mean_noise_scale(result.noise),
+        "noise_scale_at_start": result.noise[0]["noise_scale"],
+        "noise_scale_at_target": result.noise[-1]["noise_scale"],
+    }
+    picture = _tabled.Picture(
+        "Steps, examples and noise",
+        "Steps to the target fall as the mini-batch grows, at first in proportion and then "
+        "hardly; examples against steps lie on a hyperbola; and the noise scale of one run "
+        "rises from the start to the target, beside the critical batch size.",
+        draw(result, target, description),
+        "critical_batch_size",
+    )
+    title = f"How large a mini-batch is worth its examples: {description}"
+    return _tabled.Answer(
+        title, summary, [(TABLE, result.rows)], [picture], {"noise": result.noise}
+    )
+
+
 def main() -> int:
     """Reads the flags, sweeps and fits, leaves the run folder; returns the exit code."""
-    with _cli.user_errors():
-        config, given, output = _tabled.read_settings(
-            Config, GROUPS, _SMOKE, {"sizes_swept": _tabled.whole_numbers("sizes_swept")}
-        )
-        opened = _tabled.open_folder(
-            "sweep", config, _TRAINING | given, output, __file__, functools.partial(check, config)
-        )
-    training, dataset = opened.training, opened.dataset
-
-    def find(show: _tabled.Show) -> _tabled.Answer:
-        result = run(config, training, dataset, show)
-        net = "-".join(map(str, training.sizes or ()))
-        description = f"{dataset.name}, {net}, to {config.target:.0%}"
-        summary = {
-            f"{name}{end}": value
-            for name, values in zip(
-                ("least_steps", "least_examples", "critical_batch_size"), result.fit, strict=True
-            )
-            for end, value in zip(("", "_low", "_high"), values, strict=True)
-        }
-        summary |= {
-            "noise_scale_median": _or_none(median_noise_scale(result.noise)),
-            "noise_scale_of_means": mean_noise_scale(result.noise),
-            "noise_scale_at_start": result.noise[0]["noise_scale"],
-            "noise_scale_at_target": result.noise[-1]["noise_scale"],
-        }
-        picture = _tabled.Picture(
-            "Steps, examples and noise",
-            "Steps to the target fall as the mini-batch grows, at first in proportion and then "
-            "hardly; examples against steps lie on a hyperbola; and the noise scale of one run "
-            "rises from the start to the target, beside the critical batch size.",
-            draw(result, config.target, description),
-            "critical_batch_size",
-        )
-        return _tabled.Answer(
-            f"How large a mini-batch is worth its examples: {description}",
-            summary,
-            [(TABLE, result.rows)],
-            [picture],
-            {"noise": result.noise},
-        )
-
-    return _tabled.record(opened.folder, opened.notes, len(config.sizes_swept), find, unit="size")
+    return _asked.answer(
+        *(Config, GROUPS, __file__, find),
+        num_rows=lambda asked: len(asked.config.batch_sizes), resolve=resolve,
+        smoke=_SMOKE, training=_TRAINING, unit="size",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ all examples? To second order in η, exactly on a quadratic,
   E C(w − ηĝ) − C = −η‖G‖² + ½η²(GᵀHG + f tr(HΣ)/m),    f = (n − m)/(n − 1),
 
 so what is lost to noise is of second order: the first term, the descent, is that of the full
-gradient however small the cosine. Measured steps stand beside it. Leaves table, figure and report
-in a run folder.
+gradient however small the cosine. Measured steps stand beside it, for m = 1, 10 and 100 unless
+told otherwise. Leaves table, figure and report in a run folder.
 
   python -m experiments.directions
   python -m experiments.directions --dataset=mnist --init=normal --num_steps=50
@@ -34,10 +34,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import sgd_jax as sj
-from experiments import _classifier, _cli, _tabled, train
-from experiments._config import Config as Training
+from experiments import _asked, _cli, _flags, _tabled, train
+from experiments._asked import Asked, show_nothing
+from experiments._config import check_fields, fill_batch_sizes
 from experiments._tabled import Column
-from sgd_jax import data, runs, sampling
+from sgd_jax import runs, sampling
 from sgd_jax._tree import tree_axpy, tree_dot, tree_norm
 from sgd_jax._typing import Array, CostFn, Params
 from sgd_jax.noise_scale import curvature_noise_scale
@@ -56,19 +57,18 @@ _TIMES = np.geomspace(0.01, 3, 9)  # learning rates of the last panel, over that
 class Config:
     """What is measured; the flags of the same names say what each is."""
 
-    sizes_compared: tuple[int, ...] = (1, 10, 100)
+    batch_sizes: tuple[int, ...] = (1, 10, 100)
     num_steps: int = 1000
     num_probes: int = 200
 
     def __post_init__(self):
         """Raises ValueError at what is wrong whatever the data are."""
-        for name, is_good, expected in (
-            ("sizes_compared", min(self.sizes_compared, default=0) >= 1, "sizes of at least 1"),
+        check_fields(
+            self,
+            ("batch_sizes", min(self.batch_sizes, default=-1) >= 0, "sizes of at least 1, or full"),
             ("num_steps", self.num_steps >= 2, "a whole number of at least 2"),
             ("num_probes", self.num_probes >= 2, "a whole number of at least 2"),
-        ):
-            if not is_good:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+        )
 
 
 TABLE = _tabled.Table(
@@ -134,29 +134,16 @@ def epochs_measured(epochs: int) -> list[int]:
     return sorted(kept | {round(epoch) for epoch in spaced})
 
 
-def run(
-    config: Config,
-    training: Training,
-    dataset: data.Dataset,
-    show: _tabled.Show = lambda table, row: None,
-) -> Result:
+def run(asked: Asked[Config], show: _tabled.Show = show_nothing) -> Result:
     """Trains one network, and measures steps from where it stands at some epochs.
 
     Args:
-      config: What is measured.
-      training: Of the network, one seed.
-      dataset: Of examples.
+      asked: As `resolve` returns it.
       show: Called with each row of `TABLE`.
-
-    Raises:
-      ValueError: more than one seed, or a size above n.
     """
-    n, rate = len(dataset.train.labels), training.learning_rate
-    check(config, training, dataset)
-    fun, _ = _classifier.example_functions(
-        training.cost, dataset.num_classes, dataset.scale, np.dtype(training.dtype)
-    )
-    examples = _classifier.to_device(dataset.train, np.dtype(training.dtype))
+    config, training, n = asked.config, asked.training, asked.num_examples
+    rate = training.learning_rate
+    (fun, _), examples = asked.functions(), asked.examples()
     wanted = set(epochs_measured(training.epochs))
     key = jax.random.key(training.seed)
     rows, point = [], None
@@ -168,16 +155,16 @@ def run(
             return
         params = jax.tree.map(lambda leaf: jnp.copy(leaf[0]), state.params)
         point = look(fun, params, examples, epoch, jax.random.fold_in(key, epoch), config)
-        for m in config.sizes_compared:
+        for m in config.batch_sizes:
             draws = jax.random.fold_in(jax.random.fold_in(key, epoch), m)
             steps = take_steps(fun, point.params, examples, draws, rate, m, config.num_steps)
             rows.append(_row(point, steps, n, m, rate))
             show(TABLE, rows[-1])
 
-    train.run(training, dataset, on_epoch=on_epoch, parts=("train",))
+    train.run(training, asked.dataset, on_epoch=on_epoch, parts=("train",))
     assert point is not None
     rates = []
-    for m in (*config.sizes_compared, n):
+    for m in dict.fromkeys((*config.batch_sizes, n)):
         for eta in (rate * _TIMES).tolist():
             num_steps = config.num_steps if m < n else 2  # of the full gradient all are alike
             steps = take_steps(fun, point.params, examples, key, eta, m, num_steps)
@@ -186,16 +173,10 @@ def run(
     return Result(rows, rates)
 
 
-def check(config: Config, training: Training, dataset: data.Dataset) -> None:
-    """Raises ValueError where the settings do not fit each other or the data."""
-    if training.num_seeds != 1:
-        raise ValueError(f"num_seeds is {training.num_seeds}; expected 1")
-    n = len(dataset.train.labels)
-    if max(config.sizes_compared) > n:
-        raise ValueError(
-            f"sizes_compared holds {max(config.sizes_compared)}; expected at most {n}, the "
-            "training examples"
-        )
+def resolve(asked: Asked[Config]) -> Asked[Config]:
+    """Returns what is asked with the sizes filled in; raises ValueError where one is above n."""
+    sizes = fill_batch_sizes(asked.config.batch_sizes, asked.num_examples)
+    return asked._replace(config=dataclasses.replace(asked.config, batch_sizes=sizes))
 
 
 def look(
@@ -344,57 +325,50 @@ def _points(
     axis.errorbar(x, y, bars, fmt="o", ms=4.5, lw=1, color=color, mfc="white", label=label)
 
 
-_SIZES_COMPARED = flags.DEFINE_list(
-    "sizes_compared", [str(m) for m in Config.sizes_compared], "Mini-batch sizes m of the steps."
-)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", Config.num_steps, "Steps taken from each point.")
 _NUM_PROBES = flags.DEFINE_integer(
     "num_probes", Config.num_probes, "Random directions that tr(HΣ) is estimated with."
 )
 GROUPS = _tabled.groups(
-    {"Steps": (_SIZES_COMPARED, _NUM_STEPS, _NUM_PROBES)},
+    {"Steps": (_flags.BATCH_SIZES, _NUM_STEPS, _NUM_PROBES)},
     "num_seeds",
     shared=("Data", "Network", "Training", "Seeds", "Run folder"),
 )
 
 
+def find(asked: Asked[Config], show: _tabled.Show) -> _tabled.Answer:
+    """Returns what is left in the run folder."""
+    result = run(asked, show)
+    first, last = result.rows[0], result.rows[-1]
+    summary = {
+        "first_cosine": first["mean_cosine"],
+        "last_cosine": result.rows[-len(asked.config.batch_sizes)]["mean_cosine"],
+        "last_cost": last["cost"],
+    }
+    picture = _tabled.Picture(
+        "Directions and descent",
+        "Three panels: the cosine of mini-batch gradients to the full gradient falls over the "
+        "epochs; the descent of a step, predicted and measured, over the epochs; and at the "
+        "last epoch against the learning rate, a parabola with its maximum earlier the "
+        "smaller the mini-batch.",
+        draw(result, asked.training.learning_rate, asked.num_examples, asked.description),
+        "directions",
+    )
+    title = f"Steps that hardly point along the gradient: {asked.description}"
+    tables, curves = [(TABLE, result.rows)], {"learning_rates": result.rates}
+    return _tabled.Answer(title, summary, tables, [picture], curves)
+
+
+def num_rows(asked: Asked[Config]) -> int:
+    """Returns how many rows the table will have."""
+    return len(epochs_measured(asked.training.epochs)) * len(asked.config.batch_sizes)
+
+
 def main() -> int:
     """Reads the flags, trains and measures, leaves the run folder; returns the exit code."""
-    with _cli.user_errors():
-        config, given, output = _tabled.read_settings(
-            Config, GROUPS, _SMOKE, {"sizes_compared": _tabled.whole_numbers("sizes_compared")}
-        )
-        opened = _tabled.open_folder(
-            "directions", config, given, output, __file__, functools.partial(check, config)
-        )
-    training, dataset = opened.training, opened.dataset
-    n = len(dataset.train.labels)
-
-    def find(show: _tabled.Show) -> _tabled.Answer:
-        result = run(config, training, dataset, show)
-        description = f"{dataset.name}, {'-'.join(map(str, training.sizes or ()))}"
-        first, last = result.rows[0], result.rows[-1]
-        summary = {
-            "first_cosine": first["mean_cosine"],
-            "last_cosine": result.rows[-len(config.sizes_compared)]["mean_cosine"],
-            "last_cost": last["cost"],
-        }
-        picture = _tabled.Picture(
-            "Directions and descent",
-            "Three panels: the cosine of mini-batch gradients to the full gradient falls over the "
-            "epochs; the descent of a step, predicted and measured, over the epochs; and at the "
-            "last epoch against the learning rate, a parabola with its maximum earlier the "
-            "smaller the mini-batch.",
-            draw(result, training.learning_rate, n, description),
-            "directions",
-        )
-        title = f"Steps that hardly point along the gradient: {description}"
-        return _tabled.Answer(
-            title, summary, [(TABLE, result.rows)], [picture], {"learning_rates": result.rates}
-        )
-
-    total = len(epochs_measured(training.epochs)) * len(config.sizes_compared)
-    return _tabled.record(opened.folder, opened.notes, total, find)
+    return _asked.answer(
+        Config, GROUPS, __file__, find, num_rows=num_rows, resolve=resolve, smoke=_SMOKE
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ shared cores.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -33,10 +34,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import sgd_jax as sj
-from experiments import _classifier, _cli, _tabled
-from experiments._config import Config as Training
+from experiments import _asked, _cli, _tabled
+from experiments._asked import Asked, show_nothing
+from experiments._config import check_fields
 from experiments._tabled import Column
-from sgd_jax import data, runs, sampling
+from sgd_jax import sampling
 from sgd_jax._typing import Array, CostFn, Examples, Params
 
 _COLORS = {"SGD": "#cc3355", "gradient descent": "#4477aa"}
@@ -54,11 +56,11 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError at what is wrong."""
-        for name, least in (("num_frames", 2), ("grid", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; expected a whole number of at least {least}"
-                )
+        check_fields(
+            self,
+            ("num_frames", self.num_frames >= 2, "a whole number of at least 2"),
+            ("grid", self.grid >= 2, "a whole number of at least 2"),
+        )
 
 
 TABLE = _tabled.Table(
@@ -108,31 +110,20 @@ class Result(NamedTuple):
     slice: Slice
 
 
-def run(
-    config: Config,
-    training: Training,
-    dataset: data.Dataset,
-    show: _tabled.Show = lambda table, row: None,
-) -> Result:
+def run(asked: Asked[Config], show: _tabled.Show = show_nothing) -> Result:
     """Trains twice from one start and projects both paths onto their principal plane.
 
     Args:
-      config: What is looked at.
-      training: Of both; m is that of SGD.
-      dataset: Of examples.
+      asked: The settings of training are those of both; m is that of SGD.
       show: Called with each row of `TABLE`.
     """
-    check(training, dataset)
-    n, m = len(dataset.train.labels), training.batch_size
-    fun, _ = _classifier.example_functions(
-        training.cost, dataset.num_classes, dataset.scale, np.dtype(training.dtype)
-    )
-    examples = _classifier.to_device(dataset.train, np.dtype(training.dtype))
-    keys = jax.random.split(jax.random.key(training.seed))
-    start = sj.init_network(keys[0], training.sizes or (), training.init, np.dtype(training.dtype))
-    num_steps = training.epochs * (n // m)
-    steps = spaced_steps(num_steps, config.num_frames)
-    orders = [sampling.epoch(jax.random.fold_in(keys[1], e), n, m) for e in range(training.epochs)]
+    config, training, n = asked.config, asked.training, asked.num_examples
+    m = training.batch_size
+    (fun, _), examples = asked.functions(), asked.examples()
+    networks, keys = asked.first_networks()
+    start = jax.tree.map(lambda leaf: leaf[0], networks)
+    steps = frames(asked)
+    orders = [sampling.epoch(jax.random.fold_in(keys[0], e), n, m) for e in range(training.epochs)]
     batches = np.concatenate([np.asarray(order) for order in orders])
     walks = [
         _walk(fun, training.learning_rate, start, examples, order, steps)
@@ -172,13 +163,21 @@ def run(
     return Result(rows, paths, _look(cost, walks[0][0], plane, points, config.grid))
 
 
-def check(training: Training, dataset: data.Dataset) -> None:
-    """Raises ValueError where the settings mean nothing here."""
-    del dataset
-    for name, expected in (("num_seeds", 1), ("epochs", "at least 1"), ("batch_size", "1 to n")):
-        value = getattr(training, name)
-        if value < 1 or (name == "num_seeds" and value > 1):
-            raise ValueError(f"{name} is {value}; expected {expected}")
+def check(asked: Asked[Config]) -> Asked[Config]:
+    """Returns what is asked; raises ValueError where the settings mean nothing here."""
+    training = asked.training
+    check_fields(
+        training,
+        ("epochs", training.epochs >= 1, "at least 1"),
+        ("batch_size", training.batch_size >= 1, "1 to n"),
+    )
+    return asked
+
+
+def frames(asked: Asked[Config]) -> np.ndarray:
+    """Returns the steps that both paths are looked at after."""
+    num_steps = asked.training.epochs * (asked.num_examples // asked.training.batch_size)
+    return spaced_steps(num_steps, asked.config.num_frames)
 
 
 def spaced_steps(num_steps: int, num_frames: int) -> np.ndarray:
@@ -313,7 +312,7 @@ def draw(result: Result, n: int, m: int, description: str) -> tuple[Figure, Call
     return figure, show
 
 
-def animate(path: Path, figure: Figure, show: Callable[[int], None], num_points: int) -> None:
+def animate(figure: Figure, show: Callable[[int], None], num_points: int, path: Path) -> None:
     """Writes an animation as GIF, played three times: a frame for each point of the paths."""
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(72)
@@ -343,51 +342,48 @@ GROUPS = _tabled.groups(
 )
 
 
+def find(asked: Asked[Config], show: _tabled.Show) -> _tabled.Answer:
+    """Returns what is left in the run folder."""
+    result = run(asked, show)
+    figure, show_until = draw(
+        result, asked.num_examples, asked.training.batch_size, asked.description
+    )
+    words = (
+        "Contours of the cost on a plane of the parameters, with the paths of SGD and of "
+        "gradient descent from one start; beside it the cost of both against the gradients of "
+        "examples they took."
+    )
+    last = result.rows[-1]
+    summary = {
+        "share_of_squared_distance": result.paths.share,
+        "cost_sgd": last["cost_sgd"],
+        "cost_gradient_descent": last["cost_full"],
+        "gradients_sgd": last["gradients_sgd"],
+        "gradients_gradient_descent": last["gradients_full"],
+    }
+    grid = [
+        {"x": a, "y": b, "cost": value}
+        for b, values in zip(result.slice.y, result.slice.cost.tolist(), strict=True)
+        for a, value in zip(result.slice.x, values, strict=True)
+    ]
+    write = functools.partial(animate, figure, show_until, len(result.paths.steps))
+    pictures = [  # in this order: the animation changes the figure
+        _tabled.Picture("Paths", words, figure, "landscape"),
+        _tabled.Picture(
+            "Animation", f"{words} Both advance step by step.", write, "landscape", ".gif"
+        ),
+    ]
+    title = f"SGD and gradient descent from one start: {asked.description}"
+    return _tabled.Answer(title, summary, [(TABLE, result.rows)], pictures, {"plane": grid})
+
+
 def main() -> int:
     """Reads the flags, trains and looks, leaves the run folder; returns the exit code."""
-    with _cli.user_errors():
-        config, given, output = _tabled.read_settings(Config, GROUPS, _SMOKE)
-        opened = _tabled.open_folder(
-            "landscape", config, _TRAINING | given, output, __file__, check
-        )
-    training, dataset, folder = opened.training, opened.dataset, opened.folder
-    n, m = len(dataset.train.labels), training.batch_size
-
-    def find(show: _tabled.Show) -> _tabled.Answer:
-        result = run(config, training, dataset, show)
-        description = f"{dataset.name}, {'-'.join(map(str, training.sizes or ()))}"
-        figure, show_until = draw(result, n, m, description)
-        animation = folder.path / "figures" / "landscape.gif"
-        still = animation.with_suffix(".png")
-        runs.save_figure(still, figure)
-        animate(animation, figure, show_until, len(result.paths.steps))
-        words = (
-            "Contours of the cost on a plane of the parameters, with the paths of SGD and of "
-            "gradient descent from one start; beside it the cost of both against the gradients of "
-            "examples they took."
-        )
-        last = result.rows[-1]
-        summary = {
-            "share_of_squared_distance": result.paths.share,
-            "cost_sgd": last["cost_sgd"],
-            "cost_gradient_descent": last["cost_full"],
-            "gradients_sgd": last["gradients_sgd"],
-            "gradients_gradient_descent": last["gradients_full"],
-        }
-        grid = [
-            {"x": a, "y": b, "cost": value}
-            for b, values in zip(result.slice.y, result.slice.cost.tolist(), strict=True)
-            for a, value in zip(result.slice.x, values, strict=True)
-        ]
-        pictures = [
-            _tabled.Picture("Paths", words, still),
-            _tabled.Picture("Animation", f"{words} Both advance step by step.", animation),
-        ]
-        title = f"SGD and gradient descent from one start: {description}"
-        return _tabled.Answer(title, summary, [(TABLE, result.rows)], pictures, {"plane": grid})
-
-    total = len(spaced_steps(training.epochs * (n // m), config.num_frames))
-    return _tabled.record(folder, opened.notes, total, find)
+    return _asked.answer(
+        *(Config, GROUPS, __file__, find),
+        num_rows=lambda asked: len(frames(asked)), resolve=check,
+        smoke=_SMOKE, training=_TRAINING,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

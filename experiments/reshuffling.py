@@ -26,33 +26,26 @@ on two shared cores for the first command, four for the second.
 
 import dataclasses
 import functools
-import math
 import statistics
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-import sgd_jax as sj
-from experiments import _classifier, _cli, _tabled
-from experiments._config import Config as Training
-from experiments._config import make_optimizer
+from experiments import _asked, _classifier, _cli, _tabled
+from experiments._asked import Asked, show_nothing
+from experiments._config import check_fields, make_optimizer
+from experiments._orders import DRAWN, ORDERS, Walks, draw_epoch, predict, walk
 from experiments._recorded import DivergenceError
 from experiments._tabled import Column
-from sgd_jax import data, runs, sampling
-from sgd_jax._typing import Array
-from sgd_jax.quadratic import epoch_fixed_point, expected_squared_distance
+from sgd_jax import runs
 
-ORDERS = ("with_replacement", "reshuffling", "fixed_order", "cyclic", "sorted")
-_DRAWN = ORDERS[:3]  # those with an expectation over draws
 _COLORS = dict(zip(ORDERS, ("#cc3355", "#4477aa", "#228833", "#ccaa22", "#aa3377"), strict=True))
 _RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _SHOWN = 0.05  # the rate whose path is drawn
-_START = 3.0  # x₀ − x*, in units of s
 _TRAINING = {"num_seeds": 8}
 _SMOKE = {"num_walks": 200}
 
@@ -67,11 +60,12 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError at what is wrong."""
-        for name, least in (("num_targets", 2), ("num_walks", 2), ("num_rounds", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; expected a whole number of at least {least}"
-                )
+        check_fields(
+            self,
+            ("num_targets", self.num_targets >= 2, "a whole number of at least 2"),
+            ("num_walks", self.num_walks >= 2, "a whole number of at least 2"),
+            ("num_rounds", self.num_rounds >= 1, "a whole number of at least 1"),
+        )
 
 
 QUADRATIC = _tabled.Table(
@@ -108,15 +102,6 @@ NETWORK = _tabled.Table(
 )
 
 
-class Walks(NamedTuple):
-    """Squared distances of walks on the quadratic from its minimum, s² = 1."""
-
-    mean: np.ndarray
-    """After each step, (num_rates, steps + 1)."""
-    standard_error: np.ndarray
-    """Of the mean, at the end: (num_rates,)."""
-
-
 class Result(NamedTuple):
     """What `run` returns."""
 
@@ -130,30 +115,33 @@ class Result(NamedTuple):
     """By order: mean cost of the training examples, (epochs + 1, num_seeds)."""
 
 
-def run(
-    config: Config,
-    training: Training,
-    dataset: data.Dataset,
-    show: _tabled.Show = lambda table, row: None,
-) -> Result:
+def run(asked: Asked[Config], show: _tabled.Show = show_nothing) -> Result:
     """Walks on the quadratic and trains the network, in every order.
 
     Args:
-      config: Of the quadratic.
-      training: Of the network; its first seed decides the draws on the quadratic too.
-      dataset: Of the network.
+      asked: The first seed of the network decides the draws on the quadratic too.
       show: Called with each row of `QUADRATIC` and `NETWORK`.
     """
-    n = config.num_targets
-    key = jax.random.key(training.seed)
-    targets = np.random.default_rng(training.seed).normal(size=n)
+    targets, quadratic, walks = _walk_all(asked.config, asked.training.seed, show)
+    return Result(quadratic, walks, targets, *_train_all(asked, show))
+
+
+def _walk_all(
+    config: Config, seed: int, show: _tabled.Show
+) -> tuple[np.ndarray, list[_tabled.Row], dict[str, Walks]]:
+    """Returns the targets of the quadratic, and the rows and the walks of every order."""
+    key = jax.random.key(seed)
+    targets = np.random.default_rng(seed).normal(size=config.num_targets)
     targets = (targets - targets.mean()) / targets.std()
     quadratic, walks = [], {}
     for number, order in enumerate(ORDERS):
-        walks[order] = walk(config, order, targets, jax.random.fold_in(key, number))
+        walks[order] = walk(
+            order, targets, _RATES, jax.random.fold_in(key, number),
+            num_walks=config.num_walks, num_epochs=config.num_rounds,
+        )  # fmt: skip
         for index, rate in enumerate(_RATES):
             law = predict(order, rate, targets, config.num_rounds)
-            error = float(walks[order].standard_error[index]) if order in _DRAWN else None
+            error = float(walks[order].standard_error[index]) if order in DRAWN else None
             measured = float(walks[order].mean[index, -1])
             replaced = predict("with_replacement", rate, targets, config.num_rounds)
             row = {
@@ -167,21 +155,28 @@ def run(
             }
             quadratic.append(row)
             show(QUADRATIC, row)
-    network, costs = [], {}
-    labels = dataset.train.labels
+    return targets, quadratic, walks
+
+
+def _train_all(
+    asked: Asked[Config], show: _tabled.Show
+) -> tuple[list[_tabled.Row], dict[str, np.ndarray]]:
+    """Returns the rows and the costs of the network in every order."""
+    training, labels = asked.training, asked.dataset.train.labels
     programs = _classifier.make_programs(
-        dataset,
+        asked.dataset,
         make_optimizer(training, num_examples=len(labels)),
-        sizes=training.sizes or (),
+        sizes=asked.sizes,
         cost=training.cost,
         init=training.init,
-        seeds=range(training.seed, training.seed + training.num_seeds),
-        dtype=np.dtype(training.dtype),
+        seeds=asked.seeds,
+        dtype=asked.dtype,
         parts=("train", "test"),
     )
+    network, costs = [], {}
     for order in ("reshuffling", *(name for name in ORDERS if name != "reshuffling")):
-        draw_epoch = functools.partial(_draw_epoch, order, labels)
-        run_epoch = programs.make_epoch(training.batch_size or len(labels), draw_epoch)
+        draw_order = functools.partial(draw_epoch, order, labels)
+        run_epoch = programs.make_epoch(training.batch_size or len(labels), draw_order)
         state = programs.init()
         records = [programs.evaluate(state.params)]
         for epoch in range(1, training.epochs + 1):
@@ -205,7 +200,7 @@ def run(
         }
         network.append(row)
         show(NETWORK, row)
-    return Result(quadratic, walks, targets, network, costs)
+    return network, costs
 
 
 def _check(costs: np.ndarray, order: str, rate: float) -> None:
@@ -216,79 +211,6 @@ def _check(costs: np.ndarray, order: str, rate: float) -> None:
             f"the cost is not finite after epoch {epoch} with order {order}. The likely cause is a "
             f"learning rate that is too large, {rate:g}: try --learning_rate={rate / 10:g}"
         )
-
-
-def predict(
-    order: str, rate: float, targets: np.ndarray, num_epochs: float, step: int = 0
-) -> float:
-    """Returns E(x − x*)² after so many epochs and steps, exactly, for targets of variance 1."""
-    n = len(targets)
-    if order in _DRAWN:
-        return expected_squared_distance(
-            order,
-            rate,
-            n,
-            num_epochs=num_epochs,
-            step=step,
-            start=_START**2,  # pyright: ignore[reportArgumentType]
-        )
-    given = np.sort(targets) if order == "sorted" else targets
-    begin = np.roll(given, -step)  # the epoch that begins at this step
-    after_first = _START
-    for target in given[:step]:
-        after_first += rate * (target - after_first)
-    kept = (1 - rate) ** (n * num_epochs)
-    return (kept * after_first + (1 - kept) * epoch_fixed_point(begin, rate)) ** 2
-
-
-def walk(config: Config, order: str, targets: np.ndarray, key: Array) -> Walks:
-    """Walks by SGD on ½(x − a_i)², one example a step, many times with each learning rate."""
-    n, num_walks = len(targets), config.num_walks if order in _DRAWN else 1
-    values = jnp.asarray(np.sort(targets) if order == "sorted" else targets, float)
-    gradient = jax.grad(sj.mean_cost(sj.quadratic_cost))
-
-    def epoch(state: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], Array]:
-        x, key = state  # (num_walks, num_rates), and a key for each walk
-        draw = functools.partial(_draw_epoch, order, None)
-        batches = jax.vmap(lambda key: draw(key, number, n, 1))(key)
-
-        def step(x: Array, indices: Array) -> tuple[Array, Array]:
-            along_rates = jax.vmap(gradient, in_axes=(0, None))
-            g = jax.vmap(along_rates)(x, values[indices])
-            x = x - jnp.asarray(_RATES)[None, :] * g
-            return x, jnp.mean(jnp.square(x), axis=0)
-
-        x, squares = jax.lax.scan(step, x, jnp.swapaxes(batches, 0, 1))
-        return (x, key), squares
-
-    @jax.jit
-    def walks(key: Array) -> tuple[Array, Array]:
-        x = jnp.full((num_walks, len(_RATES)), _START)
-        keys = jax.random.split(key, num_walks)
-        (x, _), squares = jax.lax.scan(epoch, (x, keys), jnp.arange(config.num_rounds))
-        return squares.reshape(-1, len(_RATES)), jnp.std(jnp.square(x), axis=0)
-
-    squares, spread = (np.asarray(part, np.float64) for part in walks(key))
-    first = np.full((1, len(_RATES)), _START**2)
-    return Walks(np.concatenate([first, squares]).T, spread / math.sqrt(max(num_walks - 1, 1)))
-
-
-def _draw_epoch(
-    order: str, labels: np.ndarray | None, key: Array, number: Array, n: int, batch_size: int
-) -> Array:
-    """Returns the mini-batches of an epoch; without labels the examples are sorted already."""
-    if order == "reshuffling":
-        return _classifier.draw_reshuffled(key, number, n, batch_size)
-    if order == "with_replacement":
-        shape = (-(-n // batch_size), batch_size)
-        return jax.random.randint(jax.random.fold_in(key, number), shape, 0, n, jnp.int32)
-    if order == "fixed_order":
-        indices = jax.random.permutation(key, n)
-    elif order == "sorted" and labels is not None:
-        indices = jnp.asarray(np.argsort(labels, kind="stable"), jnp.int32)
-    else:
-        indices = jnp.arange(n)
-    return sampling.fixed_order(indices, batch_size, keep_last=True)
 
 
 def draw(result: Result, config: Config, description: str) -> Figure:
@@ -308,7 +230,7 @@ def draw(result: Result, config: Config, description: str) -> Figure:
         laws = [predict(order, rate, result.targets, rounds) for rate in grid]
         rates.plot(grid, laws, color=color, lw=1.2)
         rates.plot(_RATES, mean[:, -1], "o", ms=4, color=color, mfc="white", label=_words(order))
-        if order in _DRAWN:
+        if order in DRAWN:
             steps = np.arange(n)
             law = [predict(order, _SHOWN, result.targets, rounds - 1, int(k)) for k in steps]
             inside.plot(steps, law, color=color, lw=1.2)
@@ -358,52 +280,50 @@ GROUPS = _tabled.groups(
 )
 
 
+def find(asked: Asked[Config], show: _tabled.Show) -> _tabled.Answer:
+    """Returns what is left in the run folder."""
+    result = run(asked, show)
+    ratios = [abs(row["ratio"] - 1) for row in result.quadratic if row["order"] in DRAWN]
+    picture = _tabled.Picture(
+        "Errors and costs",
+        "Four panels. On the quadratic the squared distance to the minimum falls to a level "
+        "that is lowest when the examples are reshuffled, and points lie on the closed forms; "
+        "the last panel shows the training cost of the network over the epochs by order.",
+        draw(result, asked.config, asked.description),
+        "reshuffling",
+    )
+    paths = [
+        {"order": order, "rate": rate, "step": step, "mean_squared_distance": value}
+        for order, walks in result.walks.items()
+        for rate, values in zip(_RATES, walks.mean, strict=True)
+        for step, value in enumerate(values.tolist())
+        if step % asked.config.num_targets == 0
+    ]
+    costs = [
+        {"order": order, "epoch": epoch}
+        | {f"seed_{seed}": value for seed, value in zip(asked.seeds, values, strict=True)}
+        for order, table in result.costs.items()
+        for epoch, values in enumerate(table.tolist())
+    ]
+    return _tabled.Answer(
+        f"The order of the examples: a quadratic, and {asked.description}",
+        {
+            "farthest_ratio_from_1": max(ratios),
+            "network_cost_of_reshuffling": result.network[0]["cost_median"],
+        },
+        [(QUADRATIC, result.quadratic), (NETWORK, result.network)],
+        [picture],
+        {"paths": paths, "costs": costs},
+    )
+
+
 def main() -> int:
     """Reads the flags, walks and trains, leaves the run folder; returns the exit code."""
-    with _cli.user_errors():
-        config, given, output = _tabled.read_settings(Config, GROUPS, _SMOKE)
-        opened = _tabled.open_folder("quadratic", config, _TRAINING | given, output, __file__)
-    training, dataset = opened.training, opened.dataset
-
-    def find(show: _tabled.Show) -> _tabled.Answer:
-        result = run(config, training, dataset, show)
-        net = "-".join(map(str, training.sizes or ()))
-        description = f"{dataset.name}, {net}"
-        ratios = [abs(row["ratio"] - 1) for row in result.quadratic if row["order"] in _DRAWN]
-        picture = _tabled.Picture(
-            "Errors and costs",
-            "Four panels. On the quadratic the squared distance to the minimum falls to a level "
-            "that is lowest when the examples are reshuffled, and points lie on the closed forms; "
-            "the last panel shows the training cost of the network over the epochs by order.",
-            draw(result, config, description),
-            "reshuffling",
-        )
-        paths = [
-            {"order": order, "rate": rate, "step": step, "mean_squared_distance": value}
-            for order, walks in result.walks.items()
-            for rate, values in zip(_RATES, walks.mean, strict=True)
-            for step, value in enumerate(values.tolist())
-            if step % config.num_targets == 0
-        ]
-        costs = [
-            {"order": order, "epoch": epoch}
-            | {f"seed_{training.seed + k}": value for k, value in enumerate(values)}
-            for order, table in result.costs.items()
-            for epoch, values in enumerate(table.tolist())
-        ]
-        return _tabled.Answer(
-            f"The order of the examples: a quadratic, and {description}",
-            {
-                "farthest_ratio_from_1": max(ratios),
-                "network_cost_of_reshuffling": result.network[0]["cost_median"],
-            },
-            [(QUADRATIC, result.quadratic), (NETWORK, result.network)],
-            [picture],
-            {"paths": paths, "costs": costs},
-        )
-
     total = len(ORDERS) * (len(_RATES) + 1)
-    return _tabled.record(opened.folder, opened.notes, total, find)
+    return _asked.answer(
+        *(Config, GROUPS, __file__, find),
+        num_rows=lambda _: total, smoke=_SMOKE, training=_TRAINING,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

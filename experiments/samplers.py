@@ -30,35 +30,34 @@ all that is less than what twice or three times as many steps bring.
 """
 
 import dataclasses
-import functools
 import math
 import statistics
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
 from matplotlib.figure import Figure
 
 import sgd_jax as sj
-from experiments import _classifier, _cli, _tabled
-from experiments._config import Config as Training
+from experiments import _asked, _cli, _tabled
+from experiments._asked import Asked, show_nothing
+from experiments._config import check_fields
+from experiments._sampler_rounds import (
+    RATES,
+    SAMPLERS,
+    gradients_of_round,
+    make_round,
+    measure_errors,
+    train,
+)
 from experiments._tabled import Column
-from sgd_jax import data, sampling
-from sgd_jax._tree import tree_axpy, tree_dot
+from sgd_jax._tree import tree_dot
 from sgd_jax._typing import Array, CostFn, Params
-from sgd_jax.allocation import optimal_probabilities, proportional_allocation
-from sgd_jax.control_variate import control_variate, difference, refresh
-from sgd_jax.estimates import expected_squared_error
 
-SAMPLERS = ("uniform", "stratified", "importance", "svrg")
 PROBLEMS = ("convex", "network")
-RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _COLORS = dict(zip(SAMPLERS, ("#4477aa", "#228833", "#aa3377", "#cc3355"), strict=True))
-_CHUNK_SIZE = 1000
 _SOLVER_STEPS = 300  # of L-BFGS; at 200 the cost of digits no longer changes in float32
 _SMOKE = {"problems": ("network",)}
 _TRAINING = {"epochs": 60, "num_seeds": 8}
@@ -74,18 +73,13 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError at what is wrong whatever the data are."""
-        known = ", ".join(PROBLEMS)
-        for name, is_good, expected in (
-            (
-                "problems",
-                self.problems != () and set(self.problems) <= set(PROBLEMS),
-                f"any of {known}",
-            ),
+        are_known = self.problems != () and set(self.problems) <= set(PROBLEMS)
+        check_fields(
+            self,
+            ("problems", are_known, f"any of {', '.join(PROBLEMS)}"),
             ("uniform_share", 0 < self.uniform_share <= 1, "a number above 0 and at most 1"),
             ("l2", 0 <= self.l2 < math.inf, "a finite number of at least 0"),
-        ):
-            if not is_good:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+        )
 
 
 TRAINED = _tabled.Table(
@@ -124,25 +118,6 @@ VARIANCE = _tabled.Table(
 )
 
 
-def gradients_of_round(sampler: str, n: int, m: int) -> int:
-    """Returns how many gradients of examples a round takes: in its steps, and before them."""
-    of_steps = (n // m) * m
-    return {
-        "uniform": of_steps,
-        "stratified": of_steps,
-        "importance": n + of_steps,
-        "svrg": n + 2 * of_steps,
-    }[sampler]
-
-
-class Problem(NamedTuple):
-    """What is trained."""
-
-    name: str
-    fun: CostFn
-    sizes: tuple[int, ...]
-
-
 class Result(NamedTuple):
     """What `run` returns."""
 
@@ -154,36 +129,26 @@ class Result(NamedTuple):
     """One for each problem, sampler and round, at the best learning rate: medians of the seeds."""
 
 
-def run(
-    config: Config,
-    training: Training,
-    dataset: data.Dataset,
-    show: _tabled.Show = lambda table, row: None,
-) -> Result:
+def run(asked: Asked[Config], show: _tabled.Show = show_nothing) -> Result:
     """Trains with every sampler, and measures their errors along the training by uniform draws.
 
     Args:
-      config: What is compared.
-      training: Of the network; its learning rate, optimizer and options do not count.
-      dataset: Of examples.
+      asked: Learning rate and optimizer of training, and its options, do not count.
       show: Called with each row of `TRAINED` and `VARIANCE`.
     """
-    check(training, dataset)
-    examples = _classifier.to_device(dataset.train, np.dtype(training.dtype))
-    n, m = len(dataset.train.labels), training.batch_size
+    examples, labels = asked.examples(), asked.dataset.train.labels
+    n, m, share = len(labels), asked.training.batch_size, asked.config.uniform_share
     trained, variance, curves = [], [], []
     paths = []
-    for name in config.problems:
-        problem = make_problem(name, config, training, dataset)
-        least = (
-            least_cost(problem, examples, np.dtype(training.dtype)) if name == "convex" else None
-        )
-        first = _first(problem, training)
+    for name in asked.config.problems:
+        problem = make_problem(name, asked)
+        least = least_cost(problem, examples, asked.dtype) if name == "convex" else None
+        first = asked.first_networks(problem.sizes)
         for sampler in SAMPLERS:
             price = gradients_of_round(sampler, n, m)
-            num_rounds = max(1, training.epochs * n // price)
-            make_round = make_sampler(sampler, problem.fun, dataset.train.labels, config, training)
-            costs, norms, path = _train(problem, make_round, examples, first, num_rounds)
+            num_rounds = max(1, asked.training.epochs * n // price)
+            take_round = make_round(sampler, problem.fun, labels, m, share)
+            costs, norms, path = train(problem.fun, take_round, examples, first, num_rounds)
             final = np.median(np.where(np.isfinite(costs), costs, np.inf)[:, :, -1], axis=1)
             best = int(np.argmin(final))
             row = {
@@ -215,35 +180,51 @@ def run(
             if sampler == "uniform":
                 paths.append((problem, jax.tree.map(lambda leaf, k=best: leaf[:, k, 0], path)))
     for problem, path in paths:
-        for row in _variances(problem, path, examples, dataset.train.labels, config, training):
+        found = measure_errors(problem.fun, path, examples, labels, m, share)
+        for number, of_round in enumerate(found, start=1):
+            errors = {name: of_round[name] * m / of_round["trace"] for name in SAMPLERS}
+            paid = {name: errors[name] * gradients_of_round(name, n, m) for name in SAMPLERS}
+            row = (
+                {"problem": problem.name, "round": number}
+                | {f"error_{name}": errors[name] for name in SAMPLERS}
+                | {f"worth_{name}": paid["uniform"] / paid[name] for name in SAMPLERS[1:]}
+                | {"noise_scale": of_round["noise_scale"]}
+            )
             variance.append(row)
             show(VARIANCE, row)
     return Result(trained, variance, curves)
 
 
-def check(training: Training, dataset: data.Dataset) -> None:
-    """Raises ValueError where the settings do not fit the data."""
-    if not dataset.num_classes <= training.batch_size <= len(dataset.train.labels):
+def check(asked: Asked[Config]) -> Asked[Config]:
+    """Returns what is asked; raises ValueError where the settings do not fit the data."""
+    least, m = asked.dataset.num_classes, asked.training.batch_size
+    if not least <= m <= asked.num_examples:
         raise ValueError(
-            f"batch_size is {training.batch_size}; expected at least {dataset.num_classes}, for "
-            f"stratified sampling draws from each class, and at most n"
+            f"batch_size is {m}; expected at least {least}, for stratified sampling draws from "
+            "each class, and at most n"
         )
+    return asked
 
 
-def make_problem(name: str, config: Config, training: Training, dataset: data.Dataset) -> Problem:
+class Problem(NamedTuple):
+    """What is trained."""
+
+    name: str
+    fun: CostFn
+    sizes: tuple[int, ...]
+
+
+def make_problem(name: str, asked: Asked[Config]) -> Problem:
     """Returns the cost of one example and the sizes of the network: no hidden layer if convex."""
-    kind = "cross_entropy" if name == "convex" else training.cost
-    plain, _ = _classifier.example_functions(
-        kind, dataset.num_classes, dataset.scale, np.dtype(training.dtype)
-    )
+    plain, _ = asked.functions("cross_entropy" if name == "convex" else None)
     if name == "network":
-        return Problem(name, plain, training.sizes or ())
+        return Problem(name, plain, asked.sizes)
 
     def fun(params: Params, example: Any) -> Array:
         weights = tuple(layer.weights for layer in params)
-        return plain(params, example) + config.l2 / 2 * tree_dot(weights, weights)
+        return plain(params, example) + asked.config.l2 / 2 * tree_dot(weights, weights)
 
-    return Problem(name, fun, (dataset.train.inputs.shape[1], dataset.num_classes))
+    return Problem(name, fun, (asked.sizes[0], asked.sizes[-1]))
 
 
 def least_cost(problem: Problem, examples: Any, dtype: jax.typing.DTypeLike) -> float:
@@ -267,150 +248,6 @@ def least_cost(problem: Problem, examples: Any, dtype: jax.typing.DTypeLike) -> 
     start = (network, optimizer.init(network))
     solve = jax.jit(lambda start: jax.lax.fori_loop(0, _SOLVER_STEPS, step, start)[0])
     return float(mean_cost(solve(start)))
-
-
-Round = Callable[[Params, Any, Array, Array], Params]
-"""From params, examples, a key and the learning rate to the params n/m steps later."""
-
-
-def make_sampler(
-    name: str, fun: CostFn, labels: np.ndarray, config: Config, training: Training
-) -> Round:
-    """Returns a round of SGD with a sampler: what it begins with, then n/m steps."""
-    n, m = len(labels), training.batch_size
-    strata = jnp.asarray(np.unique(labels, return_inverse=True)[1])
-    sizes = proportional_allocation(np.bincount(strata), m) if name == "stratified" else ()
-    costs = jax.vmap(fun, in_axes=(None, 0))
-    svrg = control_variate(fun)
-
-    def walk(params: Params, examples: Any, key: Array, rate: Array) -> Params:
-        anchor, probabilities = None, jnp.zeros(0)
-        if name == "svrg":
-            anchor = refresh(fun, params, examples, chunk_size=_CHUNK_SIZE)
-        if name == "importance":
-            norms = _norms(fun, params, examples)
-            probabilities = optimal_probabilities(norms, config.uniform_share)
-
-        def step(params: Params, key: Array) -> tuple[Params, None]:
-            if name == "stratified":
-                sample = sampling.stratified(key, strata, sizes)
-            elif name == "importance":
-                sample = sampling.importance(key, probabilities, m)
-            else:
-                sample = sampling.without_replacement(key, n, m)
-            chosen = jax.tree.map(lambda leaf: leaf[sample.indices], examples)
-            if anchor is None:
-                estimate = jax.grad(lambda p: sample.weights @ costs(p, chosen))(params)
-            else:
-                estimate = svrg(params, anchor, chosen, sample.weights)
-            return tree_axpy(-rate, estimate, params), None
-
-        return jax.lax.scan(step, params, jax.random.split(key, n // m))[0]
-
-    return walk
-
-
-def _norms(fun: CostFn, params: Params, examples: Any) -> Array:
-    """‖g_i‖ of all examples."""
-    size = min(_CHUNK_SIZE, len(examples.labels))
-    return jnp.sqrt(sj.per_example_grad(fun, chunk_size=size)(params, examples).squared_norms())
-
-
-def _first(problem: Problem, training: Training) -> tuple[Params, Array]:
-    """Returns the networks before the first step and a key for the draws, one of each a seed."""
-
-    @jax.jit
-    @jax.vmap
-    def first(seed: Array) -> tuple[Params, Array]:
-        keys = jax.random.split(jax.random.key(seed))
-        dtype = np.dtype(training.dtype)
-        return sj.init_network(keys[0], problem.sizes, training.init, dtype), keys[1]
-
-    seeds = range(training.seed, training.seed + training.num_seeds)
-    return first(jnp.array(seeds, jnp.uint32))
-
-
-def _train(
-    problem: Problem,
-    make_round: Round,
-    examples: Any,
-    first: tuple[Params, Array],
-    num_rounds: int,
-) -> tuple[np.ndarray, np.ndarray, Params]:
-    """Trains with all learning rates and seeds at once; returns what is there after each round.
-
-    The costs and the ‖∇C‖², (num_rates, num_seeds, num_rounds + 1), and the params, whose leaves
-    have leading axes (num_rounds + 1, num_rates, num_seeds).
-    """
-    mean_cost = jax.value_and_grad(sj.mean_cost(problem.fun))
-
-    def measure(params: Params) -> tuple[Array, Array]:
-        cost, gradient = mean_cost(params, examples)
-        return cost, tree_dot(gradient, gradient)
-
-    def train_one(rate: Array, first: tuple[Params, Array]) -> tuple[Array, Array, Params]:
-        params, key = first
-
-        def one(params: Params, number: Array) -> tuple[Params, Params]:
-            return make_round(params, examples, jax.random.fold_in(key, number), rate), params
-
-        last, path = jax.lax.scan(one, params, jnp.arange(num_rounds))
-        path = jax.tree.map(lambda leaf, end: jnp.concatenate([leaf, end[None]]), path, last)
-        return *jax.lax.map(measure, path), path
-
-    over_seeds = jax.vmap(train_one, in_axes=(None, 0), out_axes=(0, 0, 1))
-    train_all = jax.jit(jax.vmap(over_seeds, in_axes=(0, None), out_axes=(0, 0, 1)))
-    rates = jnp.asarray(RATES, jax.tree.leaves(first[0])[0].dtype)
-    costs, norms, path = train_all(rates, first)
-    return np.asarray(costs, np.float64), np.asarray(norms, np.float64), path
-
-
-def _variances(
-    problem: Problem,
-    path: Params,
-    examples: Any,
-    labels: np.ndarray,
-    config: Config,
-    training: Training,
-) -> list[_tabled.Row]:
-    """Returns the rows of `VARIANCE` along a path, whose leaves have a leading axis of rounds."""
-    m, fun = training.batch_size, problem.fun
-    strata = jnp.asarray(np.unique(labels, return_inverse=True)[1])
-    counts = np.bincount(np.asarray(strata))
-    sizes = proportional_allocation(counts, m)
-    moments_of = functools.partial(sj.gradient_moments, chunk_size=_CHUNK_SIZE)
-
-    @jax.jit
-    def measure(before: Params, params: Params) -> dict[str, Array]:
-        moments = moments_of(fun, params, examples, keep_norms=True)
-        classes = moments_of(fun, params, examples, strata=strata, num_strata=len(counts))
-        p = optimal_probabilities(_norms(fun, before, examples), config.uniform_share)
-        offset = jax.tree.map(jnp.zeros_like, params)
-        changed = moments_of(difference(fun, params, before), offset, examples)
-        return {
-            "uniform": expected_squared_error(moments, m),
-            "stratified": expected_squared_error(classes, sizes, "stratified"),
-            "importance": expected_squared_error(moments, m, "importance", probabilities=p),
-            "svrg": expected_squared_error(changed, m),
-            "trace": moments.trace,
-            "noise_scale": moments.trace / moments.squared_norm,
-        }
-
-    rows = []
-    for number in range(1, len(jax.tree.leaves(path)[0])):
-        before, params = (
-            jax.tree.map(lambda leaf, k=k: leaf[k], path) for k in (number - 1, number)
-        )
-        found = {name: float(value) for name, value in measure(before, params).items()}
-        errors = {name: found[name] * m / found["trace"] for name in SAMPLERS}
-        paid = {name: errors[name] * gradients_of_round(name, len(labels), m) for name in SAMPLERS}
-        rows.append(
-            {"problem": problem.name, "round": number}
-            | {f"error_{name}": errors[name] for name in SAMPLERS}
-            | {f"worth_{name}": paid["uniform"] / paid[name] for name in SAMPLERS[1:]}
-            | {"noise_scale": found["noise_scale"]}
-        )
-    return rows
 
 
 def draw(result: Result, description: str) -> Figure:
@@ -463,41 +300,44 @@ GROUPS = _tabled.groups(
 )
 
 
+def find(asked: Asked[Config], show: _tabled.Show) -> _tabled.Answer:
+    """Returns what is left in the run folder."""
+    result = run(asked, show)
+    least = {
+        f"best_sampler_{name}": min(
+            (row for row in result.trained if row["problem"] == name),
+            key=lambda row: row["cost_median"],
+        )["sampler"]
+        for name in asked.config.problems
+    }
+    picture = _tabled.Picture(
+        "What a gradient buys",
+        "For each problem, against the gradients of examples taken: how much smaller than that "
+        "of uniform draws the error of each sampler is at equal gradients, the training cost, "
+        "and the squared norm of the gradient.",
+        draw(result, asked.description),
+        "samplers",
+    )
+    return _tabled.Answer(
+        f"What a gradient of an example buys: {asked.description}",
+        least,
+        [(TRAINED, result.trained), (VARIANCE, result.variance)],
+        [picture],
+        {"curves": result.curves},
+    )
+
+
+def num_rows(asked: Asked[Config]) -> int:
+    """Returns how many rows the tables will have."""
+    return len(asked.config.problems) * (len(SAMPLERS) + asked.training.epochs)
+
+
 def main() -> int:
     """Reads the flags, trains and measures, leaves the run folder; returns the exit code."""
-    with _cli.user_errors():
-        config, given, output = _tabled.read_settings(Config, GROUPS, _SMOKE)
-        opened = _tabled.open_folder("samplers", config, _TRAINING | given, output, __file__, check)
-    training, dataset = opened.training, opened.dataset
-
-    def find(show: _tabled.Show) -> _tabled.Answer:
-        result = run(config, training, dataset, show)
-        description = f"{dataset.name}, {'-'.join(map(str, training.sizes or ()))}"
-        least = {
-            f"best_sampler_{name}": min(
-                (row for row in result.trained if row["problem"] == name),
-                key=lambda row: row["cost_median"],
-            )["sampler"]
-            for name in config.problems
-        }
-        picture = _tabled.Picture(
-            "What a gradient buys",
-            "For each problem, against the gradients of examples taken: how much smaller than that "
-            "of uniform draws the error of each sampler is at equal gradients, the training cost, "
-            "and the squared norm of the gradient.",
-            draw(result, description),
-            "samplers",
-        )
-        return _tabled.Answer(
-            f"What a gradient of an example buys: {description}",
-            least,
-            [(TRAINED, result.trained), (VARIANCE, result.variance)],
-            [picture],
-            {"curves": result.curves},
-        )
-
-    total = len(config.problems) * (len(SAMPLERS) + training.epochs)
-    return _tabled.record(opened.folder, opened.notes, total, find)
+    return _asked.answer(
+        *(Config, GROUPS, __file__, find),
+        num_rows=num_rows, resolve=check, smoke=_SMOKE, training=_TRAINING,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,22 +24,26 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
 import sgd_jax as sj
-from experiments import _classifier, _cli, _flags, _recorded, _signals, _starting_point, _tabled
-from experiments._config import Config, load, make_optimizer, read_config, resolve
+from experiments import (
+    _cli,
+    _flags,
+    _recorded,
+    _signals,
+    _starting_point,
+    _sweep_programs,
+    _tabled,
+)
+from experiments._config import Config, load, read_config, resolve
 from experiments._recorded import Output
 from experiments._tabled import Column, Row, Table
-from sgd_jax import data, runs, sharding
-from sgd_jax._typing import Array, Params
+from sgd_jax import data, runs
 
 _SMOKE = {"learning_rates": (1.0, 10.0), "batch_sizes": (10, 50)}
 _NUM_SEEDS, _EPOCHS = 4, 10
@@ -134,7 +138,7 @@ def run(
     """
     dataset = load(config) if dataset is None else dataset
     config = check(config, grid, dataset)
-    programs = _make_programs(config, grid, dataset)
+    programs = _sweep_programs.make_programs(config, grid.learning_rates, dataset)
     state = programs.init()
     snapshot = restore(state)
     done = 0
@@ -173,88 +177,6 @@ def check(config: Config, grid: Grid, dataset: data.Dataset) -> Config:
     for batch_size in grid.batch_sizes:
         config = resolve(dataclasses.replace(config, batch_size=batch_size), dataset)
     return config
-
-
-class _Programs(NamedTuple):
-    """What trains and measures all runs of one batch size; leading axes are (seeds, rates)."""
-
-    init: Callable[[], sj.TrainState]
-    make_epoch: Callable[[int], Callable[[sj.TrainState, int], tuple[sj.TrainState, Array]]]
-    """From the batch size to an epoch: from states and the number of the epoch to the states after
-    it and the mean cost of its mini-batches."""
-    evaluate: Callable[[Params], dict[str, Any]]
-
-
-def _make_programs(config: Config, grid: Grid, dataset: data.Dataset) -> _Programs:
-    n, dtype = len(dataset.train.labels), np.dtype(config.dtype)
-    mesh = sharding.data_mesh()
-    fun, output = _classifier.example_functions(
-        config.cost, dataset.num_classes, dataset.scale, dtype
-    )
-    parts = {
-        name: _classifier.to_device(getattr(dataset, name), dtype, mesh)
-        for name in _classifier.PARTS
-    }
-    seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.uint32)
-    shape = (len(seeds), len(grid.learning_rates))
-    rates = np.broadcast_to(np.array(grid.learning_rates, dtype), shape)
-    sweep = sj.make_sweep(
-        fun,
-        lambda rate: make_optimizer(config, num_examples=n, learning_rate=rate),
-        mesh=mesh,
-        donate=True,
-    )
-
-    @jax.jit
-    def networks(seeds: Array) -> Params:
-        return jax.vmap(
-            lambda seed: sj.init_network(
-                _classifier.split_seed(seed)[0], config.sizes or (), config.init, dtype
-            )
-        )(seeds)
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def draw(seeds: Array, epoch: Array, batch_size: int) -> Array:
-        return jax.vmap(
-            lambda seed: _classifier.draw_reshuffled(
-                _classifier.split_seed(seed)[1], epoch, n, batch_size
-            )
-        )(seeds)
-
-    measure = functools.partial(
-        _classifier.measure_parts, fun, output, dataset.num_classes, with_gradient=False
-    )
-    measured = {name: parts[name] for name in ("validation", "test")}
-    measure_all = jax.jit(jax.vmap(jax.vmap(measure, in_axes=(0, None)), in_axes=(0, None)))
-
-    def init() -> sj.TrainState:
-        start = jax.tree.map(
-            lambda x: jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:])), networks(seeds)
-        )
-        return sweep.init(start, rates)
-
-    def make_epoch(
-        batch_size: int,
-    ) -> Callable[[sj.TrainState, int], tuple[sj.TrainState, Array]]:
-        def epoch(state: sj.TrainState, number: int) -> tuple[sj.TrainState, Array]:
-            batches = draw(seeds, np.int32(number), batch_size)
-            state, info = sweep.epoch(state, rates, parts["train"], batches)
-            return state, jnp.mean(info.cost, axis=-1)
-
-        return epoch
-
-    def evaluate(params: Params) -> dict[str, Any]:
-        found = {}
-        for name, totals in measure_all(params, measured).items():
-            right = np.asarray(totals.right)  # (seeds, rates, classes)
-            labels = getattr(dataset, name).labels
-            size = np.bincount(labels, minlength=dataset.num_classes)
-            found[f"accuracy_{name}"] = (right.sum(axis=-1) / len(labels)).tolist()
-            if name == "test":
-                found["dead_classes_test"] = np.sum(10 * right < size, axis=-1).tolist()
-        return found
-
-    return _Programs(init, make_epoch, evaluate)
 
 
 def summarize(records: list[runs.Record], config: Config, grid: Grid) -> tuple[list[Row], Row]:
@@ -405,9 +327,12 @@ def main() -> int:
     with _cli.user_errors():
         given = _flags.given_settings(GROUPS)
         own, output = _tabled.take(given, Grid), Output(**_tabled.take(given, Output))
-        for name, parse in (("learning_rates", float), ("batch_sizes", _parse_batch_size)):
+        for name, parse in (
+            ("learning_rates", _parse_rates),
+            ("batch_sizes", _flags.parse_batch_sizes),
+        ):
             if name in own:
-                own[name] = _parse_numbers(name, own[name], parse)
+                own[name] = parse(own[name])
         stored = _recorded.read_stored(output, experiment="sweep")
         if stored is None:
             given = {"num_seeds": _NUM_SEEDS, "epochs": _EPOCHS} | given
@@ -433,17 +358,13 @@ def main() -> int:
     return _tabled.record(folder, notes, num_rows, find)
 
 
-def _parse_batch_size(word: str) -> int:
-    return 0 if word == "full" else int(word)
-
-
-def _parse_numbers(name: str, words: list[str], parse: Callable[[str], Any]) -> tuple[Any, ...]:
+def _parse_rates(words: Sequence[str]) -> tuple[float, ...]:
     try:
-        return tuple(map(parse, words))
+        return tuple(map(float, words))
     except ValueError as error:
         raise ValueError(
-            f"{name} is {','.join(words)!r}; expected numbers with commas between, as in "
-            f"{','.join(map(str, getattr(Grid, name)[:3]))}"
+            f"learning_rates is {','.join(words)!r}; expected numbers with commas between, as in "
+            "0.1,0.3,1"
         ) from error
 
 

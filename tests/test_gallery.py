@@ -17,7 +17,10 @@ from PIL import Image
 import sgd_jax as sj
 from experiments import (
     _classifier,
+    _orders,
+    _sampler_rounds,
     _starting_point,
+    _target,
     critical_batch_size,
     directions,
     landscape,
@@ -25,7 +28,7 @@ from experiments import (
     reshuffling,
     samplers,
 )
-from experiments._config import Config
+from experiments._asked import Asked
 from sgd_jax import sampling
 from sgd_jax.data import Examples
 
@@ -121,23 +124,23 @@ def test_walks_follow_the_closed_forms_and_reject_those_of_other_orders(tmp_path
         if not row["standard_error"]:
             assert float(row["ratio"]) == pytest.approx(1, abs=1e-4)  # walked in float32 or more
     network = table(run / "network.csv")
-    assert {row["order"] for row in network} == set(reshuffling.ORDERS)
+    assert {row["order"] for row in network} == set(_orders.ORDERS)
     assert float(network[0]["cost_ratio"]) == 1
 
 
 def test_a_given_order_is_predicted_at_every_step():
     targets = np.array([1.0, -2.0, 0.5, 0.5])
     for order, given in (("cyclic", targets), ("sorted", np.sort(targets))):
-        x = reshuffling._START
+        x = _orders.START
         for epoch, (step, target) in itertools.product(range(3), enumerate(given)):
-            law = reshuffling.predict(order, 0.3, targets, epoch, step)
+            law = _orders.predict(order, 0.3, targets, epoch, step)
             assert law == pytest.approx(x**2), (order, epoch, step)
             x -= 0.3 * (x - target)
 
 
 def test_orders_of_an_epoch_are_what_they_are_called():
     labels = np.array([2, 0, 1, 0, 2, 1, 0])
-    draw = functools.partial(reshuffling._draw_epoch, labels=labels, n=7, batch_size=2)
+    draw = functools.partial(_orders.draw_epoch, labels=labels, n=7, batch_size=2)
 
     def epochs(order):
         return [np.asarray(draw(order, key=jax.random.key(0), number=e)).ravel() for e in (0, 1)]
@@ -209,7 +212,7 @@ def test_the_change_of_a_quadratic_is_as_expected_over_every_mini_batch(regressi
 
 
 def test_steps_are_measured_along_the_training(tmp_path):
-    run = smoke(directions, tmp_path, "--sizes_compared=10", "--epochs=1")
+    run = smoke(directions, tmp_path, "--batch_sizes=10", "--epochs=1")
     rows, rates = table(run / "table.csv"), table(run / "learning_rates.csv")
     assert [(row["epoch"], row["batch_size"]) for row in rows] == [("0", "10"), ("1", "10")]
     for row in rows + rates:
@@ -285,7 +288,7 @@ def test_both_paths_are_shown_and_animated_on_one_plane(tmp_path):
 def test_every_sampler_is_trained_and_pays_for_all_its_gradients(tmp_path):
     run = smoke(samplers, tmp_path, "--epochs=6", "--num_seeds=2", "--sizes=64,5,10")
     rows = {row["sampler"]: row for row in table(run / "training.csv")}
-    assert list(rows) == list(samplers.SAMPLERS)
+    assert list(rows) == list(_sampler_rounds.SAMPLERS)
     for name, steps in (("uniform", 120), ("stratified", 120), ("importance", 60), ("svrg", 40)):
         assert int(rows[name]["num_steps"]) == steps
         assert int(rows[name]["num_gradients"]) == 6 * N
@@ -304,13 +307,14 @@ def test_gradients_of_a_round_are_counted_one_by_one():
         ("importance", 203, 10),
         ("svrg", 203, 20),
     ):
-        assert samplers.gradients_of_round(name, 203, 10) == before + 20 * each
+        assert _sampler_rounds.gradients_of_round(name, 203, 10) == before + 20 * each
 
 
 def test_the_least_cost_of_the_convex_problem_is_that_of_another_solver():
-    training, dataset = _starting_point.prepare({"smoke": True, "dtype": "float64"})
-    problem = samplers.make_problem("convex", samplers.Config(l2=0.1), training, dataset)
-    examples = _classifier.to_device(dataset.train, np.float64)
+    asked = Asked(
+        samplers.Config(l2=0.1), *_starting_point.prepare({"smoke": True, "dtype": "float64"})
+    )
+    problem, examples = samplers.make_problem("convex", asked), asked.examples()
     zeros, unravel = jax.flatten_util.ravel_pytree(
         sj.init_network(jax.random.key(0), problem.sizes, "scaled", jnp.float64)
     )
@@ -345,20 +349,19 @@ def test_steps_to_the_target_are_counted_for_every_learning_rate_and_interpolate
     def fun(params, example):
         return -params[0].biases[0] + 0 * example.inputs[0]  # a step adds η to the bias
 
-    training = Config(sizes=(1, 1), num_seeds=2, dtype="float64")
     examples = Examples(jnp.zeros((4, 1)), jnp.zeros(4, jnp.int32))
-    first, _ = critical_batch_size._first(training, 1)
+    first, keys = _classifier.first_networks((1, 1), "scaled", range(2), jnp.float64)
 
     def measure(params):
-        return params[0].biases[..., 0] - first[0].biases[..., 0]
+        return params[0].biases[..., 0] - first[0].biases
 
-    problem = critical_batch_size._Problem(fun, training, examples, measure)
-    steps = critical_batch_size._sweep(problem, 3, 4, 30, target=100.0)
-    for rate, reached in zip(critical_batch_size.RATES, steps.T, strict=True):
+    problem = _target.Problem(fun, examples, first, keys, measure)
+    steps = _target.count_steps(problem, 3, 4, 30, target=100.0)
+    for rate, reached in zip(_target.RATES, steps.T, strict=True):
         is_in_time = 100 / rate <= 8  # two segments: 4/3 of the first at which one is there
         np.testing.assert_allclose(reached, 100 / rate if is_in_time else np.inf)
     with pytest.raises(ArithmeticError, match="no learning rate brings every seed"):
-        critical_batch_size._sweep(problem, 3, 4, 30, target=1e6)
+        _target.count_steps(problem, 3, 4, 30, target=1e6)
 
 
 def test_the_noise_scale_of_a_run_is_the_ratio_of_means():
@@ -394,13 +397,15 @@ def test_sizes_are_swept_and_set_beside_the_noise_scale(tmp_path):
     [
         (nielsen, ["--sizes=64,10"], "--sizes means nothing to this program"),
         (reshuffling, ["--num_walks=1"], "num_walks is 1; expected a whole number of at least 2"),
-        (directions, ["--sizes_compared=ten"], "sizes_compared is 'ten'; expected whole numbers"),
-        (directions, ["--sizes_compared=201"], "sizes_compared holds 201; expected at most 200"),
+        (directions, ["--batch_sizes=ten"], "batch_sizes is 'ten'; expected whole numbers"),
+        (directions, ["--batch_sizes=201"], "batch_sizes holds 201; expected at most 200"),
+        (directions, ["--num_seeds=2"], "--num_seeds means nothing to this program"),
         (directions, ["--num_steps=1"], "num_steps is 1; expected a whole number of at least 2"),
         (landscape, ["--epochs=0"], "epochs is 0; expected at least 1"),
         (landscape, ["--grid=1"], "grid is 1; expected a whole number of at least 2"),
-        (critical_batch_size, ["--sizes_swept=1,2"], "sizes_swept is (1, 2); expected three sizes"),
-        (critical_batch_size, ["--sizes_swept=1,2,201"], "sizes_swept holds 201; expected at most"),
+        (critical_batch_size, ["--batch_sizes=1,2"], "batch_sizes is (1, 2); expected three sizes"),
+        (critical_batch_size, ["--batch_sizes=1,200,full"], "is (1, 200); expected three sizes"),
+        (critical_batch_size, ["--batch_sizes=1,2,201"], "batch_sizes holds 201; expected at most"),
         (critical_batch_size, ["--target=1"], "target is 1.0; expected an accuracy between 0 and"),
         (samplers, ["--problems=hard"], "problems is ('hard',); expected any of convex, network"),
         (samplers, ["--batch_size=9"], "batch_size is 9; expected at least 10"),

@@ -1,0 +1,95 @@
+"""How many steps SGD takes to a target accuracy: many learning rates and seeds, one program."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sgd_jax as sj
+from sgd_jax._typing import Array, CostFn, Params
+
+RATES = tuple(2.0**k for k in range(-3, 6))
+
+
+class Problem(NamedTuple):
+    """What is trained from where, and how far it has come."""
+
+    fun: CostFn
+    examples: Any
+    networks: Params
+    """Before the first step, of each seed: leaves (num_seeds, …)."""
+    keys: Array
+    """For the draws of each seed."""
+    measure: Callable[[Params], Array]
+    """The accuracy of networks of every seed and rate: from leaves (G, R, …) to (G, R)."""
+
+
+def make_accuracy(
+    output: Callable[[Params, Array], Array], examples: Any
+) -> Callable[[Params], Array]:
+    """Returns the accuracy of networks (G, R, …) on examples: (G, R)."""
+
+    @jax.jit
+    @jax.vmap
+    @jax.vmap
+    def accuracy(params: Params) -> Array:
+        outputs = jax.vmap(output, in_axes=(None, 0))(params, jnp.asarray(examples.inputs))
+        return jnp.mean(jnp.argmax(outputs, axis=1) == examples.labels)
+
+    return accuracy
+
+
+def count_steps(
+    problem: Problem, m: int, segment: int, most_steps: int, target: float
+) -> np.ndarray:
+    """Returns the steps to the target, (num_seeds, num_rates); infinite where it is not reached.
+
+    The accuracy is looked at after every segment, and the step at which it crosses the target is
+    interpolated. All run until one learning rate has brought every seed there, and a third longer.
+
+    Args:
+      problem: What is trained, with m examples a step, drawn with replacement.
+      m: The mini-batch size.
+      segment: Steps from one look to the next.
+      most_steps: When to give up.
+      target: The accuracy.
+
+    Raises:
+      ArithmeticError: no learning rate brings every seed there.
+    """
+    n, shape = len(problem.examples.labels), (len(problem.keys), len(RATES))
+    sweep = sj.make_sweep(problem.fun, sj.sgd)
+    params = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf[:, None], (*shape, *leaf.shape[1:])), problem.networks
+    )
+    rates = jnp.broadcast_to(jnp.asarray(RATES, jax.tree.leaves(params)[0].dtype), shape)
+    states = sweep.init(params, rates)
+
+    @jax.jit
+    def draw(number: Array) -> Array:
+        return jax.vmap(
+            lambda key: jax.random.randint(
+                jax.random.fold_in(key, number), (segment, m), 0, n, jnp.int32
+            )
+        )(problem.keys)
+
+    before = np.asarray(problem.measure(states.params), np.float64)
+    reached = np.where(before >= target, 0.0, np.inf)
+    taken, last = 0, float(most_steps)
+    while taken < last:
+        states, _ = sweep.epoch(states, rates, problem.examples, draw(jnp.asarray(taken)))
+        after = np.asarray(problem.measure(states.params), np.float64)
+        crossed = (after >= target) & np.isinf(reached)
+        share = (target - before) / np.where(crossed, after - before, 1)
+        reached = np.where(crossed, taken + segment * share, reached)
+        taken, before = taken + segment, after
+        if np.isfinite(reached).all(axis=0).any() and last == most_steps:
+            last = min(last, 4 / 3 * taken)
+    if not np.isfinite(reached).all(axis=0).any():
+        raise ArithmeticError(
+            f"no learning rate brings every seed to an accuracy of {target:g} in {taken} steps of "
+            f"{m} examples; give a lower --target, or more --most_epochs"
+        )
+    return reached
