@@ -20,7 +20,8 @@ from sgd_jax.allocation import neyman_allocation, optimal_probabilities, proport
 from sgd_jax.control_variate import difference
 from sgd_jax.data import Examples
 from sgd_jax.estimates import expected_squared_error
-from sgd_jax.moments import GradientMoments, gradient_moments
+from sgd_jax.moment_streams import gradient_moments
+from sgd_jax.moments import GradientMoments
 from sgd_jax.per_example import per_example_grad
 from sgd_jax.sampling import Sample
 

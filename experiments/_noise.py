@@ -13,7 +13,7 @@ from experiments import _classifier
 from experiments._config import Config
 from sgd_jax import data, runs, sampling
 from sgd_jax._typing import Array, Params
-from sgd_jax.moments import gradient_moments
+from sgd_jax.moment_streams import gradient_moments
 from sgd_jax.noise_scale import NoiseParts, NoiseScale, noise_scale
 
 _CHUNK_SIZE = 1000

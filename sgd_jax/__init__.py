@@ -30,7 +30,8 @@ from sgd_jax.mean_gradient import (
     choose_mean_strategy,
     mean_value_and_grad,
 )
-from sgd_jax.moments import GradientMoments, alignments, gradient_moments, merge_across
+from sgd_jax.moment_streams import alignments, gradient_moments
+from sgd_jax.moments import GradientMoments, merge_across
 from sgd_jax.networks import Layer, feedforward, init_network, weighted_input
 from sgd_jax.noise_scale import (
     CurvatureNoiseScale,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sgd_jax._typing import Array, CostFn, Example, Examples, Params
-from sgd_jax.moments import gradient_moments
+from sgd_jax.moment_streams import gradient_moments
 from sgd_jax.per_example import per_example_grad
 
 

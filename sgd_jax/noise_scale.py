@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from sgd_jax import _validate, sharding
 from sgd_jax._chunks import chunks, vary_like
 from sgd_jax._typing import Array, CostFn, Examples, Params, PyTree
-from sgd_jax.moments import GradientMoments, gradient_moments
+from sgd_jax.moment_streams import gradient_moments
+from sgd_jax.moments import GradientMoments
 from sgd_jax.per_example import per_example_grad
 
 

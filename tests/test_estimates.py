@@ -23,7 +23,7 @@ from sgd_jax.estimates import (
     norm_test_batch_size,
     orthogonality_test,
 )
-from sgd_jax.moments import gradient_moments
+from sgd_jax.moment_streams import gradient_moments
 from sgd_jax.noise_scale import (
     NoiseParts,
     _jackknife,

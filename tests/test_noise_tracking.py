@@ -142,7 +142,8 @@ def test_an_optax_loop_tracks_it_without_tracing_again():
 PROGRAM = """
 import functools, jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, PartitionSpec as P
-from sgd_jax.moments import gradient_moments, merge_across
+from sgd_jax.moment_streams import gradient_moments
+from sgd_jax.moments import merge_across
 from sgd_jax.noise_tracking import noise_of_parts, noise_of_shards, track_noise_scale
 
 jax.config.update("jax_enable_x64", True)

@@ -21,7 +21,7 @@ from sgd_jax.allocation import (
 )
 from sgd_jax.control_variate import control_variate, difference, refresh
 from sgd_jax.estimates import expected_squared_error
-from sgd_jax.moments import gradient_moments
+from sgd_jax.moment_streams import gradient_moments
 
 GENERATOR = np.random.default_rng(0)
 GRADIENTS = GENERATOR.normal(size=(41, 3)) + 0.5
