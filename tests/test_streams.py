@@ -1,8 +1,11 @@
 """Examples on the disk: those in memory, each once an epoch, in an order that is random."""
 
 import collections
+import errno
 import itertools
 import math
+import mmap
+import os
 import sys
 import threading
 import tracemalloc
@@ -17,10 +20,16 @@ from test_data import idx_bytes, shrink, write_files
 import sgd_jax as sj
 from sgd_jax import data
 from sgd_jax.data import folder as folders
-from sgd_jax.data import index_shuffle, shuffling
+from sgd_jax.data import index_shuffle, read_ahead, shuffling
 
 N = 23  # training examples: no multiple of a batch size or of a shard
 CUTS = (0, 9, 10, N)  # of the shards
+
+
+needs_advice = pytest.mark.skipif(
+    not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"),
+    reason="this system takes no advice on files",
+)
 
 
 def arrays(seed=0, dtype=np.uint8):
@@ -188,6 +197,113 @@ def test_opening_reads_no_inputs_into_memory(tmp_path):
     tracemalloc.stop()
     assert dataset.train.inputs.nbytes == N << 20
     assert peak < 2 << 20
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The pieces of files that were asked for: byte from which, and how many."""
+    pieces = []
+
+    def advise(file, start, length, advice):
+        assert advice == os.POSIX_FADV_WILLNEED
+        pieces.append((start, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    return pieces
+
+
+def map_rows(path, n=1000, size=5000):
+    """Returns a file of n rows of so many bytes, mapped, and the bytes before its first row."""
+    np.save(path, np.random.default_rng(0).integers(0, 256, (n, size), np.uint8))
+    (rows,) = data.open_rows([path]).parts
+    return rows, path.stat().st_size - n * size
+
+
+@needs_advice
+@pytest.mark.parametrize("first", [0, 3])
+def test_rows_that_are_not_in_memory_are_asked_for_a_block_ahead(
+    tmp_path, monkeypatch, asked, first
+):
+    monkeypatch.setattr(read_ahead, "_is_any_missing", lambda file, starts: True)
+    monkeypatch.setattr(read_ahead, "_ROWS_AHEAD", 10)
+    rows, offset = map_rows(tmp_path / "x.npy")
+    indices = np.unique(np.random.default_rng(1).integers(0, 1000 - first, 45))
+    is_asked = np.zeros(offset + rows.nbytes + mmap.PAGESIZE, bool)
+    seen, num_asked = 0, 0
+    for block in read_ahead.blocks_read_ahead(rows[first:], indices):
+        for start, length in asked[num_asked:]:
+            is_asked[start : start + length] = True
+        num_asked = len(asked)
+        assert block.start == seen
+        seen = min(block.stop, len(indices))
+        for number, index in enumerate(indices):
+            start = offset + (first + index) * 5000
+            if number < seen + 10:  # this block and the next
+                assert is_asked[start : start + 5000].all()
+            elif number > seen + 10:
+                assert not is_asked[start + mmap.PAGESIZE]  # nor was what comes later
+    assert seen == len(indices)
+    pages = {page for i in indices for page in range((offset + (first + i) * 5000) // mmap.PAGESIZE,
+             (offset + (first + i + 1) * 5000 - 1) // mmap.PAGESIZE + 1)}  # fmt: skip
+    wasted = is_asked.sum() // mmap.PAGESIZE - len(pages)
+    assert 0 <= wasted <= read_ahead._GAP * len(indices)
+
+
+@needs_advice
+def test_of_rows_that_are_in_memory_none_is_asked_for(tmp_path, asked):
+    rows, _ = map_rows(tmp_path / "x.npy")
+    np.asarray(rows).sum()
+    indices = np.arange(0, 1000, 20)
+    assert list(read_ahead.blocks_read_ahead(rows, indices)) == [slice(0, 50)]
+    assert list(read_ahead.blocks_read_ahead(np.array(rows), indices)) == [slice(0, 50)]
+    assert asked == []
+
+
+@needs_advice
+def test_rows_that_the_disk_has_dropped_are_missing_until_they_are_read(tmp_path):
+    path = tmp_path / "x.npy"
+    rows, offset = map_rows(path)
+    starts = offset + 5000 * np.arange(0, 1000, 50)
+    del rows
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if not read_ahead._is_any_missing(file.fileno(), starts):
+            pytest.skip("this file system keeps all in memory")
+        file.read()
+        assert not read_ahead._is_any_missing(file.fileno(), starts)
+
+
+@needs_advice
+@pytest.mark.parametrize("error", [BlockingIOError, OSError(errno.EOPNOTSUPP, "not supported")])
+def test_where_one_of_those_tried_is_missing_or_the_system_does_not_say_all_are_asked_for(
+    tmp_path, monkeypatch, asked, error
+):
+    rows, offset = map_rows(tmp_path / "x.npy")
+    tried = []
+
+    def read(file, buffers, start, flags):
+        tried.append(start)
+        if start > offset + rows.nbytes // 2:
+            raise error
+
+    monkeypatch.setattr(os, "preadv", read)
+    assert list(read_ahead.blocks_read_ahead(rows, np.arange(0, 1000, 20))) == [slice(0, 2048)]
+    assert asked
+    assert tried == [offset + 5000 * 60 * k for k in range(len(tried))]  # all over the file
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
+def test_rows_read_ahead_are_those_asked_for(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(read_ahead, "_is_any_missing", lambda file, starts: True)
+    monkeypatch.setattr(read_ahead, "_ROWS_AHEAD", 7)
+    mapped, _ = map_rows(tmp_path / "x.npy", n=90, size=30)
+    rows = data.Rows([mapped[:40], mapped[40:50], mapped[55:]], dtype)
+    expected = np.concatenate([mapped[:50], mapped[55:]])
+    indices = np.sort(np.random.default_rng(0).integers(0, 85, 60))
+    np.testing.assert_array_equal(rows.take(indices), expected[indices])
+    (tmp_path / "x.npy").unlink()  # still mapped
+    np.testing.assert_array_equal(rows.take(indices), expected[indices])
 
 
 def test_idx_shards_do_as_well(tmp_path):

@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike
 from sgd_jax.data.examples import Examples
 from sgd_jax.data.idx import read_idx_header
 from sgd_jax.data.npy import read_npy_header
+from sgd_jax.data.read_ahead import blocks_read_ahead
 
 _BLOCK_BYTES = 16 << 20
 _ALIGNMENT = 64
@@ -78,10 +79,12 @@ class Rows:
         rows = _empty((len(indices), *self.shape[1:]), self.dtype)
         cuts = np.searchsorted(indices, self._starts)
         for part, first, a, b in zip(self.parts, self._starts, cuts[:-1], cuts[1:], strict=False):
-            if part.dtype == self.dtype:  # into place: no second copy, and no lock on Python
-                np.take(part, indices[a:b] - first, axis=0, out=rows[a:b], mode="clip")
-            else:
-                rows[a:b] = part[indices[a:b] - first]
+            of_part, taken = indices[a:b] - first, rows[a:b]
+            for block in blocks_read_ahead(part, of_part):
+                if part.dtype == self.dtype:  # into place: no second copy, and no lock on Python
+                    np.take(part, of_part[block], axis=0, out=taken[block], mode="clip")
+                else:
+                    taken[block] = part[of_part[block]]
         return rows
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
