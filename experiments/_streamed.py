@@ -115,7 +115,7 @@ def make_programs(
       init: Of the weights.
       seeds: Of the networks; each has an order of its own, and reads it.
       dtype: Of all computation.
-      chunk_bytes: How large a chunk may be.
+      chunk_bytes: How large a chunk may be, of all devices together.
       parts: Of the data set, those measured.
       first_batch_size: Of the epoch that is compiled at once.
       mesh: Devices that share each mini-batch and what is measured; None is one device.
