@@ -20,11 +20,11 @@ the target, and its median:
 
                  S_min              E_min                    B_crit             B
   digits         146 (138 to 155)   749 (672 to 835)         5.1 (4.4 to 5.9)   0.6 to 63, 29
-  MNIST          237 (222 to 252)   5,514 (5,133 to 5,923)   23 (21 to 26)      0.9 to 212, 62
+  MNIST          235 (219 to 252)   5,694 (5,264 to 6,158)   24 (21 to 27)      0.9 to 212, 62
   Fashion-MNIST  103 (94 to 112)    2,411 (2,185 to 2,661)   23 (20 to 27)      0.9 to 204, 48
 
-So B is of the order of B_crit, and 2 to 6 times as large. Two minutes for the first command, three
-and a half for each of the others, on two shared cores.
+So B is of the order of B_crit, and 2 to 6 times as large. 46 s for the second command on two cores
+of its own.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ convex one, logistic regression with weight decay, and the textbook network. Lea
 and report in a run folder.
 
   python -m experiments.samplers
-  python -m experiments.samplers --problems=network --epochs=60
+  python -m experiments.samplers --dataset=mnist --epochs=12 --num_seeds=3
 
 Expected of the first command, medians of 8 seeds after 60 passes, each at its best η. Convex: SVRG
 is 0.00008 above the least cost, stratified draws 0.011, uniform ones 0.018 and importance sampling
@@ -26,7 +26,10 @@ back its norms. Network: uniform draws are best, cost 0.0014 (0.0003 to 0.0021),
 0.0019, importance 0.0021 and SVRG 0.0139. Stratified draws have 3 times less error in the first
 pass, 5 % less from the tenth on; importance sampling has 2 to 5 times less once few examples are
 left that the network gets wrong; SVRG mostly has more, for an anchor grows old within a round; and
-all that is less than what twice or three times as many steps bring.
+all that is less than what twice or three times as many steps bring. Of the second command, above
+the least cost: SVRG 0.00004, importance sampling 0.027, stratified draws 0.040, uniform ones 0.050;
+network: 0.0350, 0.0299, 0.0266 and 0.0274. A minute and a half for the first command, eleven for
+the second, on two cores that several other programs shared.
 """
 
 import dataclasses

@@ -358,10 +358,21 @@ def test_steps_to_the_target_are_counted_for_every_learning_rate_and_interpolate
     problem = _target.Problem(fun, examples, first, keys, measure)
     steps = _target.count_steps(problem, 3, 4, 30, target=100.0)
     for rate, reached in zip(_target.RATES, steps.T, strict=True):
-        is_in_time = 100 / rate <= 8  # two segments: 4/3 of the first at which one is there
+        is_in_time = 100 / rate <= 4  # one segment: who is not there by then takes more than 3.125
         np.testing.assert_allclose(reached, 100 / rate if is_in_time else np.inf)
     with pytest.raises(ArithmeticError, match="no learning rate brings every seed"):
         _target.count_steps(problem, 3, 4, 30, target=1e6)
+
+
+def test_counting_ends_when_nothing_that_may_come_can_be_better():
+    inf = np.inf
+    reached = np.array([[5.0, 2.0, 9.0], [7.0, 3.0, inf], [inf, inf, inf]])
+    assert not _target.is_decided(reached, 100)  # no rate has brought all seeds there
+    reached[2, 0] = 12.0  # the first, in a mean of 8
+    assert not _target.is_decided(reached, 13)  # the second may still have (2 + 3 + 13.1)/3
+    assert _target.is_decided(reached, 19)
+    reached[2, 1] = 15.0
+    assert _target.is_decided(reached, 15)  # the second, in 20/3; the third has 39/3 at the least
 
 
 def test_the_noise_scale_of_a_run_is_the_ratio_of_means():
