@@ -4,11 +4,11 @@ import csv
 import json
 import re
 
+import in_process
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 
 from experiments import _comparison, _starting_point, compare_gradients, train
 from experiments._config import Config
@@ -19,13 +19,7 @@ SIZES = (50, N)
 
 
 def call(program, *arguments):
-    """Runs a program in this process on few digits, in float64, and returns its exit code."""
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS(["program", "--smoke", "--dtype=float64", *arguments])
-    try:
-        return program.main()
-    except SystemExit as leaving:
-        return leaving.code
+    return in_process.call(program, "--dtype=float64", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import csv
 import itertools
 import json
 
+import in_process
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 import sgd_jax as sj
 from experiments import _classifier, _noise, _starting_point, noise_scale, train
@@ -21,13 +21,7 @@ SEEDS = range(3, 5)
 
 
 def call(program, *arguments):
-    """Runs a program in this process on few digits, in float64, and returns its exit code."""
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS(["program", "--smoke", "--dtype=float64", *arguments])
-    try:
-        return program.main()
-    except SystemExit as leaving:
-        return leaving.code
+    return in_process.call(program, "--dtype=float64", *arguments)
 
 
 def measurement(num_examples, seeds=SEEDS):

@@ -3,9 +3,9 @@
 import csv
 import json
 
+import in_process
 import numpy as np
 import pytest
-from absl import flags
 
 from experiments import sweep, train
 from experiments._config import Config
@@ -15,13 +15,7 @@ GRID = ("--learning_rates=1,10", "--batch_sizes=20,50", "--num_seeds=2", "--epoc
 
 
 def call(*arguments):
-    """Runs the program in this process on few digits, in float64, and returns its exit code."""
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS(["program", "--smoke", "--dtype=float64", "--sizes=64,5,10", *arguments])
-    try:
-        return sweep.main()
-    except SystemExit as leaving:
-        return leaving.code
+    return in_process.call(sweep, "--dtype=float64", "--sizes=64,5,10", *arguments)
 
 
 @pytest.fixture(scope="module")

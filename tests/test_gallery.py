@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-from absl import flags
+from in_process import call
 from PIL import Image
 
 import sgd_jax as sj
@@ -33,16 +33,6 @@ from sgd_jax import sampling
 from sgd_jax.data import Examples
 
 N = 200  # training examples of the digits with --smoke
-
-
-def call(program, *arguments):
-    """Runs a program in this process on few digits and returns its exit code."""
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS(["program", "--smoke", *arguments])
-    try:
-        return program.main()
-    except SystemExit as leaving:
-        return leaving.code
 
 
 def smoke(program, folder, *arguments):

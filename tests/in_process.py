@@ -1,0 +1,13 @@
+"""Runs the program of an experiment in the process of the tests, on few digits."""
+
+from absl import flags
+
+
+def call(program, *arguments):
+    """Returns the exit code of a program of `experiments` with --smoke and the arguments given."""
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["program", "--smoke", *arguments])
+    try:
+        return program.main()
+    except SystemExit as leaving:
+        return leaving.code
