@@ -38,7 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     sys.argv = [f"sgd-jax {program}", *rest]
-    runpy.run_module(f"{__package__}.{program}", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(f"{__package__}.{program}", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # while it is being imported; once it runs it has words of its own
+        print("error: stopped by SIGINT", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -88,7 +88,8 @@ def make_mesh(given: dict[str, Any]) -> Mesh | None:
         return sharding.data_mesh()
     if number is not None and not 1 <= number <= available:
         raise ValueError(
-            f"num_devices is {number}; expected 1 to {available}, the devices of this process"
+            f"num_devices is {number}; expected 1 to {available}, the devices of this process. "
+            "A CPU is one, or as many as JAX_NUM_CPU_DEVICES in the environment says"
         )
     return sharding.data_mesh(jax.devices()[:number]) if (number or 1) > 1 else None
 

@@ -42,6 +42,8 @@ def install() -> None:
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     take()
+    signal.signal(signal.SIGALRM, _raise_again)
+    sys.unraisablehook = _on_unraisable
     threading.Thread(target=_end_at_the_second, args=(reading,), daemon=True).start()
 
 
@@ -63,10 +65,31 @@ def _end_at_the_second(reading: int) -> None:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     del frame
+    _deliver(number)
+
+
+def _deliver(number: int) -> None:
+    """Raises `Stopped`, once for a signal, or leaves that to the end of the shield."""
     global _arrived
-    _arrived = number
+    _arrived = number if _shields else None
     if not _shields:
         raise Stopped(number)
+
+
+def _on_unraisable(unraisable: Any) -> None:
+    """Has `Stopped` raised again where Python swallowed it: in a callback of the collector, say."""
+    global _arrived
+    if isinstance(unraisable.exc_value, Stopped):
+        _arrived = unraisable.exc_value.exit_code - 128
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _raise_again(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    if _arrived is not None:
+        _deliver(_arrived)
 
 
 @contextlib.contextmanager
@@ -79,7 +102,7 @@ def shielded() -> Iterator[None]:
     finally:
         _shields -= 1
     if _arrived is not None and not _shields:
-        raise Stopped(_arrived)
+        _deliver(_arrived)
 
 
 def until_ready(tree: Any) -> Any:

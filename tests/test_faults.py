@@ -261,6 +261,35 @@ def test_a_signal_waits_for_what_is_being_saved_and_a_second_one_for_nothing(tmp
     assert hung.exitcode == 143
 
 
+class Swallower:
+    """Takes a signal where Python swallows what its handler raises."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+
+
+def swallowing(log):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _signals.install()
+    try:
+        Swallower()
+        log.write_text("swallowed")
+        time.sleep(30)
+    except KeyboardInterrupt:
+        with _signals.shielded():
+            log.write_text(log.read_text() + ", then stopped")
+        log.write_text(log.read_text() + " once")
+
+
+def test_a_signal_that_python_swallows_stops_the_program_all_the_same_and_once(tmp_path):
+    process = FORKS.Process(target=swallowing, args=(tmp_path / "log",))
+    process.start()
+    process.join()
+    assert (tmp_path / "log").read_text() == "swallowed, then stopped once"
+
+
 # No room
 
 
