@@ -16,7 +16,7 @@ from sgd_jax._typing import Examples, Params
 
 def positive_int(name: str, value: Any) -> int:
     """Returns ``value`` as an int; raises unless it is a whole number of at least 1."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not hasattr(value, "__index__") or np.ndim(value):
         raise TypeError(
             f"{name} must be a whole number, got {value!r} of type {type(value).__name__}"
         )

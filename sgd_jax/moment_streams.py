@@ -292,7 +292,7 @@ def _of_chunk(
     count = jnp.sum(ones).astype(jnp.int32)
 
     def mean_over_chunk(total: Array) -> Array:
-        wide = total.astype(jnp.promote_types(total.dtype, jnp.float32))
+        wide = total.astype(np.promote_types(total.dtype, np.float32))
         return wide / jnp.maximum(count, 1).astype(wide.dtype)
 
     def average(values: Array) -> Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,7 @@ def merge_across(moments: GradientMoments, axis_name: str | tuple[str, ...]) -> 
       axis_name: one or more mesh axes.
     """
     count = jax.lax.psum(moments.count, axis_name)
-    share = moments.count.astype(moments.cost.dtype) / jnp.maximum(count, 1)
+    share = _share(moments.count, count, moments.cost.dtype)
 
     def average(value: Array) -> Array:
         return jax.lax.psum(_scaled(share, value), axis_name)
@@ -140,7 +141,7 @@ def merge_across(moments: GradientMoments, axis_name: str | tuple[str, ...]) -> 
 def merge(a: GradientMoments, b: GradientMoments) -> GradientMoments:
     """Returns the moments of two sets, without what is kept per example; empty ones add nothing."""
     count = a.count + b.count
-    share = b.count.astype(a.cost.dtype) / jnp.maximum(count, 1)
+    share = _share(b.count, count, a.cost.dtype)
 
     def blend(x: Array, y: Array) -> Array:
         return x + share.astype(x.dtype) * (y - x)
@@ -171,3 +172,8 @@ def merge(a: GradientMoments, b: GradientMoments) -> GradientMoments:
 def _scaled(share: Array, value: Array) -> Array:
     """``share`` times ``value``, along the leading axes that share has."""
     return share.reshape(share.shape + (1,) * (value.ndim - share.ndim)).astype(value.dtype) * value
+
+
+def _share(part: Array, whole: Array, dtype: Any) -> Array:
+    """What ``part`` is of the count ``whole``, 0 of none; cast, for strict promotion."""
+    return part.astype(dtype) / jnp.maximum(whole, 1).astype(dtype)

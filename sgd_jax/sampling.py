@@ -395,7 +395,7 @@ def importance(key: Array, probabilities: Array, m: int, *, mesh: Mesh | None = 
     upper = jnp.cumsum(units)
     drawn = jax.random.randint(key, (m,), 0, jnp.maximum(upper[-1], 1), jnp.int32)
     indices = jnp.searchsorted(upper, drawn, side="right").astype(jnp.int32)
-    weights = upper[-1].astype(float) / units[indices] / (m * n)
+    weights = upper[-1].astype(float) / units[indices].astype(float) / (m * n)
     return _lay_out(indices, jnp.where(valid, weights, jnp.nan), mesh)
 
 

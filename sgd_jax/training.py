@@ -155,6 +155,11 @@ def make_epoch(
         state: TrainState, examples: Examples, batches: Array, *, is_cut: bool = False
     ) -> tuple[TrainState, StepInfo]:
         n = _validate.num_examples(examples)
+        if not hasattr(batches, "shape"):
+            raise TypeError(
+                f"batches must be one array of (steps, m) indices, got a {type(batches).__name__}; "
+                "make it one by jnp.asarray"
+            )
         if jnp.ndim(batches) != 2:
             raise ValueError(f"batches must be (steps, m), got shape {jnp.shape(batches)}")
         if batches.shape[1] == 0:

@@ -265,6 +265,14 @@ def test_bfloat16_gradients_are_counted_in_float32():
     np.testing.assert_allclose(moments.trace, exact, rtol=0.02)
 
 
+def test_moments_are_found_under_strict_promotion_too():
+    x = jnp.arange(6.0).reshape(3, 2)
+    with jax.numpy_dtype_promotion("strict"):
+        moments = sj.gradient_moments(sj.quadratic_cost, jnp.zeros(2), x, chunk_size=2)
+        moments.merge(moments)
+    assert moments.trace == pytest.approx(16 / 3)
+
+
 def test_memory_is_that_of_one_chunk():
     w = jnp.zeros((50, 40))
     fun = lambda w, x: jnp.sum(jnp.tanh(w @ x))  # noqa: E731

@@ -534,6 +534,7 @@ def test_a_row_of_minus_1_alone_gives_a_non_finite_cost():
         (np.zeros((1, 2, 3), int), ValueError, r"batches must be .*, got shape \(1, 2, 3\)"),
         (np.zeros((2, 3)), TypeError, "batches must hold indices, got dtype float64"),
         (np.zeros((2, 3), bool), TypeError, "batches must hold indices, got dtype bool"),
+        ([[0, 1], [2, 3]], TypeError, "batches must be one array .*, got a list; make it one"),
     ],
 )
 def test_batches_that_are_no_matrix_of_integers_are_refused(batches, kind, message):

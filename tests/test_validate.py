@@ -24,6 +24,11 @@ def test_positive_int_returns_any_whole_number_as_int(value):
         ("3", TypeError, "m must be a whole number, got '3' of type str"),
         (True, TypeError, "m must be a whole number, got True of type bool"),
         (None, TypeError, "m must be a whole number, got None of type NoneType"),
+        (
+            np.array([1, 2]),
+            TypeError,
+            r"m must be a whole number, got array\(\[1, 2\]\) of type nd",
+        ),
     ],
 )
 def test_positive_int_refuses_all_else_by_name(value, kind, message):
