@@ -5,11 +5,14 @@ Importing this module imports no JAX, so that help and a mistyped name are answe
 
 import ast
 import importlib
+import os
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 USAGE = """\
 How good is a mini-batch gradient? Stochastic gradient descent in JAX, by experiments.
@@ -33,17 +36,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         program = find_program(first)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, _end_at_once)  # until the program takes its signals
         importlib.import_module("sgd_jax.runs")  # which says what to install
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     sys.argv = [f"sgd-jax {program}", *rest]
-    try:
-        runpy.run_module(f"{__package__}.{program}", run_name="__main__", alter_sys=True)
-    except KeyboardInterrupt:  # while it is being imported; once it runs it has words of its own
-        print("error: stopped by SIGINT", file=sys.stderr)
-        return 130
+    runpy.run_module(f"{__package__}.{program}", run_name="__main__", alter_sys=True)
     return 0
+
+
+def _end_at_once(number: int, frame: Any) -> None:
+    """Ends a program that is still being imported; an exception could be lost in a callback."""
+    del frame
+    os.write(2, b"error: stopped by SIGINT\n")
+    os._exit(128 + number)
 
 
 def programs() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import textwrap
@@ -62,7 +63,7 @@ def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str 
             print(f"error: {error or 'interrupted'}", file=sys.stderr)
             code = _signals.exit_code(error)
         except OSError as error:
-            if error.errno not in _DISK_ERRORS:
+            if not is_of_disk(error):
                 raise
             print(f"error: {error}. What was written before is kept", file=sys.stderr)
             code = 1
@@ -76,9 +77,22 @@ def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str 
             os._exit(code)
         return code
 
+    print_what_can_be_printed()
     _signals.install()
     keep_compiled_programs()
     app.run(guarded, flags_parser=parse)
+
+
+def is_of_disk(error: OSError) -> bool:
+    """Whether the disk is full or fails: by its number, or one of ours, a sentence without one."""
+    return error.errno in _DISK_ERRORS or error.errno is None
+
+
+def print_what_can_be_printed() -> None:
+    """Lets a letter that the output cannot encode, as in a locale without UTF-8, print as ?."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def help_text(doc: str, groups: HelpGroups) -> str:

@@ -1,7 +1,9 @@
 """The command sgd-jax: from the wheel, in an environment of its own, and each of its programs."""
 
 import email
+import errno
 import importlib
+import io
 import os
 import pathlib
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 
 import sgd_jax as sj
 from experiments import __main__ as command
+from experiments import _cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = {"compare": "compare_gradients", "noise": "noise_scale"} | {
@@ -157,3 +160,34 @@ def test_a_word_that_begins_several_names_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'samp' may be sample or sampling; expected one of"):
         command.find_program("samp")
     assert command.find_program("sampl" + "e") == "sample"
+
+
+def test_a_letter_that_the_output_cannot_encode_is_replaced(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    _cli.print_what_can_be_printed()
+    print("‖∇C‖", flush=True)
+    assert output.buffer.getvalue() == b"??C?\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError("checkpoint 3 could not be saved"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file"), False),
+    ],
+)
+def test_a_full_disk_is_told_from_faults_of_ours(error, expected):
+    assert _cli.is_of_disk(error) == expected
+
+
+def test_ctrl_c_while_a_program_is_imported_ends_it_with_one_line():
+    source = (
+        "import os, signal; from experiments import __main__ as command\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "command.importlib.import_module = lambda name: os.kill(os.getpid(), signal.SIGINT)\n"
+        "command.main(['train'])"
+    )
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "error: stopped by SIGINT\n")
