@@ -90,6 +90,15 @@ def floating_params(params: Params) -> None:
             )
 
 
+def optimizer(value: Any) -> None:
+    """Raises unless ``value`` has optax's two functions; usually it was not called."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        raise TypeError(
+            f"optimizer is {value!r:.60}; expected one with init and update, such as "
+            "sgd(learning_rate=0.1) or optax.adam(1e-3)"
+        )
+
+
 def scalar_cost(cost: Any) -> None:
     """Raises unless ``cost``, abstract output of a cost function, is a floating-point scalar."""
     if getattr(cost, "shape", None) != ():

@@ -42,9 +42,10 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
     Raises:
       ValueError: params holds no arrays.
-      TypeError: a leaf of params is not real floating point.
+      TypeError: a leaf of params is not real floating point, or optimizer is no optimizer.
     """
     _validate.floating_params(params)
+    _validate.optimizer(optimizer)
     # An explicit dtype makes weakly typed leaves strong, as every step returns them.
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
     return TrainState(params, optimizer.init(params), jnp.zeros([], jnp.int32))
@@ -247,6 +248,7 @@ def _make_update(
     rules: sharding.Rules,
 ) -> Callable[[TrainState, Examples, Array], tuple[TrainState, StepInfo]]:
     """Returns one step on weighted examples, not compiled: what a step and an epoch share."""
+    _validate.optimizer(optimizer)
     gradient = mean_value_and_grad(fun, strategy=strategy, mesh=mesh)
 
     def update(

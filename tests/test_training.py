@@ -543,6 +543,17 @@ def test_batches_that_are_no_matrix_of_integers_are_refused(batches, kind, messa
         train(sj.make_epoch(quadratic, optimizer), optimizer, batches)
 
 
+@pytest.mark.parametrize("slip", [optax.adam, 0.1, None])
+def test_what_is_no_optimizer_is_refused_before_any_work(slip):
+    for call in (
+        lambda: sj.make_step(quadratic, slip),
+        lambda: sj.make_epoch(quadratic, slip),
+        lambda: sj.init_state(jnp.zeros(2), slip),
+    ):
+        with pytest.raises(TypeError, match=r"optimizer is .*; expected one with init"):
+            call()
+
+
 def test_the_oracle_gradient_is_the_slope_of_its_cost():
     """The oracle itself, checked by central differences: it shares no code with JAX."""
     network, examples = problem()
