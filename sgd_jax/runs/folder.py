@@ -185,7 +185,7 @@ def check_new_name(out_dir: Path, name: str) -> None:
     if (out_dir / name).exists():
         raise FileExistsError(
             f"run_name is {name!r}, but {out_dir / name} exists and is never overwritten. Give "
-            "another --run_name, or continue that run with --resume"
+            "another --run_name, or continue that run with --resume if it is of train or sweep"
         )
 
 
