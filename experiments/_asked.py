@@ -71,6 +71,21 @@ class Asked(NamedTuple, Generic[Own]):
         )
 
 
+def with_one_batch_size(asked: Asked[Own]) -> Asked[Own]:
+    """Returns what is asked with n for a batch size of full; raises ValueError at an adaptive one.
+
+    For experiments whose mini-batches all have one size.
+    """
+    training = asked.training
+    if training.adaptive:
+        raise ValueError(
+            f"batch_size is adaptive:{training.adaptive}; expected one size for all of training, "
+            "which this experiment needs. It grows in experiments.train"
+        )
+    m = training.batch_size or asked.num_examples
+    return asked._replace(training=dataclasses.replace(training, batch_size=m))
+
+
 def show_nothing(table: Table, row: Row) -> None:
     """Is what an experiment shows its rows to where nobody looks."""
 

@@ -23,7 +23,13 @@ HelpGroups = Mapping[str, Sequence[flags.FlagHolder]]
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
-def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str = "") -> None:
+def start(
+    main: Callable[..., int],
+    doc: str,
+    groups: HelpGroups,
+    operands: str = "",
+    defaults: Mapping[str, Any] = {},
+) -> None:
     """Parses the command line and leaves with the exit code of ``main``; never returns.
 
     Exit code 2 and one message on stderr for what is wrong with the command line; 1 where the disk
@@ -34,11 +40,12 @@ def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str 
       doc: What --help begins with.
       groups: Flags by heading.
       operands: What those words are, for a program that needs at least one; others take none.
+      defaults: Of flags that have another one in this program.
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
         if set(argv[1:]) & {"--help", "-help", "-h", "--helpshort", "--helpfull"}:
-            print(help_text(doc, groups))
+            print(help_text(doc, groups, defaults))
             sys.exit(0)
         try:
             rest = flags.FLAGS(list(argv))
@@ -60,7 +67,7 @@ def start(main: Callable[..., int], doc: str, groups: HelpGroups, operands: str 
         try:
             code = main(*argv[1:])
         except KeyboardInterrupt as error:
-            print(f"error: {error or 'interrupted'}", file=sys.stderr)
+            print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
             code = _signals.exit_code(error)
         except OSError as error:
             if not is_of_disk(error):
@@ -95,16 +102,19 @@ def print_what_can_be_printed() -> None:
             stream.reconfigure(errors="replace")
 
 
-def help_text(doc: str, groups: HelpGroups) -> str:
-    """Returns the text of --help: what the program does, then its flags under their headings."""
+def help_text(doc: str, groups: HelpGroups, defaults: Mapping[str, Any] = {}) -> str:
+    """Returns the text of --help: what the program does, then its flags under their headings.
+
+    ``defaults`` are those of flags that have another one in this program.
+    """
     lines = [doc.strip()]
     for heading, holders in {**groups, "Machine": (_platform.PLATFORM,)}.items():
         lines += ["", f"{heading}:"]
         for holder in holders:
             flag = flags.FLAGS[holder.name]
-            boolean = isinstance(flag.default, bool)
-            default = "" if boolean or flag.default is None else f"={_show(flag.default)}"
-            lines += [f"  --{holder.name}{default}"]
+            default = defaults.get(holder.name, flag.default)
+            is_shown = default is not None and not isinstance(default, bool)
+            lines += [f"  --{holder.name}={_show(default)}" if is_shown else f"  --{holder.name}"]
             lines += textwrap.wrap(
                 flag.help or "", 84, initial_indent="      ", subsequent_indent="      "
             )

@@ -47,9 +47,9 @@ GROUPS: HelpGroups = {
             "batch_size",
             str(Config.batch_size),
             "Examples per step; 0 or full: all of them, which is gradient descent. "
-            "adaptive:norm_test or adaptive:cabs: begins with "
-            f"{Config.batch_size} and is doubled between epochs while it is below what the norm "
-            "test (tr Σ/‖G‖²) or CABS (η tr Σ/C) asks for, as measured on --noise_examples.",
+            "adaptive:norm_test or adaptive:cabs, where an experiment trains as train does: begins "
+            f"with {Config.batch_size} and is doubled between epochs while it is below what the "
+            "norm test (tr Σ/‖G‖²) or CABS (η tr Σ/C) asks for, as measured along training.",
         ),
         flags.DEFINE_float(
             "learning_rate", Config.learning_rate, "η, times the mean gradient of a mini-batch."

@@ -333,7 +333,7 @@ def _train(
         except DivergenceError as error:
             return "diverged", 1, str(error)
         except KeyboardInterrupt as error:
-            why = f"{error or 'interrupted'}; every epoch that was finished is saved: {go_on}"
+            why = f"{str(error) or 'interrupted'}; every epoch that was finished is saved: {go_on}"
             return "interrupted", _signals.exit_code(error), why
         except OSError as error:
             return "failed", 1, f"{error}. When there is room again, {go_on}"

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import html
 import io
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from matplotlib.figure import Figure
 
-from experiments import _flags, _recorded
+from experiments import _flags, _recorded, _signals
 from experiments._cli import HelpGroups
 from experiments._console import TableDisplay
 from experiments._recorded import Output
@@ -147,11 +149,12 @@ def record(
     total: int,
     find: Callable[[Show], Answer],
     unit: str = "row",
+    can_resume: bool = False,
 ) -> int:
     """Finds the answer, showing tables as they grow, and writes it; returns the exit code.
 
     Leaves a CSV file of each table, `figures/`, `report.html` and, last of all, `summary.json`, and
-    gives the folder back.
+    gives the folder back. Of an interrupted run the rows shown so far are left.
 
     Args:
       folder: Of the run.
@@ -159,9 +162,13 @@ def record(
       total: How many rows there will be, for the progress bar.
       find: Called with what shows a row; an ArithmeticError that it raises is told to the user.
       unit: What a row is.
+      can_resume: Whether the program has --resume.
     """
+    shown: dict[Table, list[Row]] = {}
     try:
-        return _record(folder, notes, total, find, unit)
+        return _record(folder, notes, total, find, unit, shown)
+    except KeyboardInterrupt as error:
+        return _leave_what_is_there(folder, shown, error, can_resume)
     finally:
         folder.lock.release()
 
@@ -172,19 +179,20 @@ def _record(
     total: int,
     find: Callable[[Show], Answer],
     unit: str,
+    shown: dict[Table, list[Row]],
 ) -> int:
-    began, shown, last = time.perf_counter(), 0, None
+    began, last = time.perf_counter(), None
     with TableDisplay([], total, unit) as display:
         for note in notes:
             display.say(note)
 
         def show(table: Table, row: Row) -> None:
-            nonlocal shown, last
-            if table.stem != last:
+            nonlocal last
+            if table is not last:
                 display.begin(table.labels())
-                last = table.stem
-            shown += 1
-            display.add(table.cells(row), shown)
+                last = table
+            shown.setdefault(table, []).append(row)
+            display.add(table.cells(row), sum(map(len, shown.values())))
 
         try:
             answer = find(show)
@@ -197,10 +205,29 @@ def _record(
     _write(folder, answer)
     for table, _ in answer.tables:
         if table.legend:
-            print(table.legend)
+            print(textwrap.fill(table.legend, shutil.get_terminal_size((100, 24)).columns))
     print(f"{time.perf_counter() - began:.1f} s in all")
     print(f"run folder: {folder.path}")
     return 0
+
+
+def _leave_what_is_there(
+    folder: runs.RunFolder,
+    shown: Mapping[Table, Sequence[Row]],
+    error: KeyboardInterrupt,
+    can_resume: bool,
+) -> int:
+    """Writes the rows of an interrupted run and says where; returns the exit code."""
+    if processes.is_first():
+        with _signals.shielded():
+            for table, rows in shown.items():
+                runs.write_text(folder.path / f"{table.stem}.csv", _csv(rows))
+            left = "the rows found so far are kept" if shown else "no row was found yet"
+            if can_resume:
+                left += f": go on with --resume --run_name={folder.path.name}"
+            print(f"error: {str(error) or 'interrupted'}; {left}", file=sys.stderr)
+            print(f"run folder: {folder.path}")
+    return _signals.exit_code(error)
 
 
 def _write(folder: runs.RunFolder, answer: Answer) -> None:

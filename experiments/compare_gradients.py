@@ -1,4 +1,4 @@
-"""What is a mini-batch gradient worth, compared with the gradient of all examples?
+r"""What is a mini-batch gradient worth, compared with the gradient of all examples?
 
 For mini-batches of every size, drawn in several ways: the exact law of the mean squared error
 E‖ĝ − G‖² beside that of thousands of mini-batches, the angle to the full gradient G, and the time
@@ -42,7 +42,7 @@ from experiments._tabled import Column
 from sgd_jax import runs
 
 _SMOKE = {"num_draws": 200, "min_drawn": 0, "batch_sizes": (10, 0)}
-_EPOCHS = 5
+_TRAINING = {"epochs": 5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,7 @@ def main() -> int:
         mesh = _processes.make_mesh(given)
         params = None
         if config.run is None:
-            training, dataset = _starting_point.prepare({"epochs": _EPOCHS} | given)
+            training, dataset = _starting_point.prepare(_TRAINING | given)
         else:
             if not flags.FLAGS["epochs"].present:
                 given.pop("epochs", None)  # --smoke says how long to train, and nothing is trained
@@ -253,4 +253,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _cli.start(main, __doc__ or "", GROUPS)
+    _cli.start(main, __doc__ or "", GROUPS, defaults=_TRAINING)

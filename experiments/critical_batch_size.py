@@ -349,4 +349,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _cli.start(main, __doc__ or "", GROUPS)
+    _cli.start(main, __doc__ or "", GROUPS, defaults=_TRAINING)

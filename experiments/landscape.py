@@ -165,13 +165,8 @@ def run(asked: Asked[Config], show: _tabled.Show = show_nothing) -> Result:
 
 def check(asked: Asked[Config]) -> Asked[Config]:
     """Returns what is asked; raises ValueError where the settings mean nothing here."""
-    training = asked.training
-    check_fields(
-        training,
-        ("epochs", training.epochs >= 1, "at least 1"),
-        ("batch_size", training.batch_size >= 1, "1 to n"),
-    )
-    return asked
+    check_fields(asked.training, ("epochs", asked.training.epochs >= 1, "at least 1"))
+    return _asked.with_one_batch_size(asked)
 
 
 def frames(asked: Asked[Config]) -> np.ndarray:
@@ -387,4 +382,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _cli.start(main, __doc__ or "", GROUPS)
+    _cli.start(main, __doc__ or "", GROUPS, defaults=_TRAINING)

@@ -40,7 +40,7 @@ from experiments._tabled import Column
 from sgd_jax import data
 
 _SMOKE = {"dataset": "digits", "num_seeds": 2}
-_DEFAULTS = {"dataset": "mnist", "init": "normal", "num_seeds": 8}
+_TRAINING = {"dataset": "mnist", "init": "normal", "num_seeds": 8}
 _COLORS = ("#4477aa", "#228833", "#ccaa22", "#cc3355", "#aa3377")
 
 
@@ -188,8 +188,8 @@ def main() -> int:
         given = _flags.given_settings(GROUPS)
         output = Output(**_tabled.take(given, Output))
         _recorded.read_stored(output)
-        defaults = _DEFAULTS | (_SMOKE if given.get("smoke") else {})
-        config, dataset = _starting_point.prepare(defaults | given)
+        smoke = _SMOKE if given.get("smoke") else {}
+        config, dataset = _starting_point.prepare(_TRAINING | smoke | given)
         if config.epochs < 1:
             raise ValueError("epochs is 0; expected at least 1 to have something to compare")
         settings = dataclasses.asdict(config)
@@ -224,4 +224,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     _cli.use_all_cores()
-    _cli.start(main, __doc__ or "", GROUPS)
+    _cli.start(main, __doc__ or "", GROUPS, defaults=_TRAINING)

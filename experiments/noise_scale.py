@@ -32,7 +32,7 @@ from experiments._config import Config
 from experiments._tabled import Column, Table
 from sgd_jax import data, runs
 
-_EPOCHS = 15
+_TRAINING = {"epochs": 15}
 _LAYER_COLORS = ("#ccaa22", "#aa3377", "#66ccee", "#cc3355")
 
 
@@ -152,7 +152,7 @@ def main() -> int:
     with _cli.user_errors():
         own, given, output = _tabled.read_settings(Own, GROUPS, {})
         mesh = _processes.make_mesh(given)
-        config, dataset = _starting_point.prepare({"epochs": _EPOCHS} | given)
+        config, dataset = _starting_point.prepare(_TRAINING | given)
         n = len(dataset.train.labels)
         if own.num_measured > n:
             raise ValueError(
@@ -192,4 +192,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _cli.start(main, __doc__ or "", GROUPS)
+    _cli.start(main, __doc__ or "", GROUPS, defaults=_TRAINING)

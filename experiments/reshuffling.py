@@ -176,7 +176,7 @@ def _train_all(
     network, costs = [], {}
     for order in ("reshuffling", *(name for name in ORDERS if name != "reshuffling")):
         draw_order = functools.partial(draw_epoch, order, labels)
-        run_epoch = programs.make_epoch(training.batch_size or len(labels), draw_order)
+        run_epoch = programs.make_epoch(training.batch_size, draw_order)
         state = programs.init()
         records = [programs.evaluate(state.params)]
         for epoch in range(1, training.epochs + 1):
@@ -322,9 +322,10 @@ def main() -> int:
     total = len(ORDERS) * (len(_RATES) + 1)
     return _asked.answer(
         *(Config, GROUPS, __file__, find),
-        num_rows=lambda _: total, smoke=_SMOKE, training=_TRAINING,
+        num_rows=lambda _: total, resolve=_asked.with_one_batch_size,
+        smoke=_SMOKE, training=_TRAINING,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    _cli.start(main, __doc__ or "", GROUPS)
+    _cli.start(main, __doc__ or "", GROUPS, defaults=_TRAINING)

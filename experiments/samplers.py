@@ -200,6 +200,7 @@ def run(asked: Asked[Config], show: _tabled.Show = show_nothing) -> Result:
 
 def check(asked: Asked[Config]) -> Asked[Config]:
     """Returns what is asked; raises ValueError where the settings do not fit the data."""
+    asked = _asked.with_one_batch_size(asked)
     least, m = asked.dataset.num_classes, asked.training.batch_size
     if not least <= m <= asked.num_examples:
         raise ValueError(
@@ -344,4 +345,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _cli.start(main, __doc__ or "", GROUPS)
+    _cli.start(main, __doc__ or "", GROUPS, defaults=_TRAINING)

@@ -1,4 +1,4 @@
-"""Which learning rate suits which mini-batch size?
+r"""Which learning rate suits which mini-batch size?
 
 Trains the textbook network with every learning rate and mini-batch size given, from several seeds,
 as one compiled program for each size: the rates of a seed walk through one order of the examples
@@ -46,7 +46,7 @@ from experiments._tabled import Column, Row, Table
 from sgd_jax import data, runs
 
 _SMOKE = {"learning_rates": (1.0, 10.0), "batch_sizes": (10, 50)}
-_NUM_SEEDS, _EPOCHS = 4, 10
+_TRAINING = {"num_seeds": 4, "epochs": 10}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,8 +335,7 @@ def main() -> int:
                 own[name] = parse(own[name])
         stored = _recorded.read_stored(output, experiment="sweep")
         if stored is None:
-            given = {"num_seeds": _NUM_SEEDS, "epochs": _EPOCHS} | given
-            config, dataset = _starting_point.prepare(given)
+            config, dataset = _starting_point.prepare(_TRAINING | given)
             grid = Grid(**((_SMOKE if config.smoke else {}) | own))
         else:
             before = {name: tuple(values) for name, values in stored["sweep"].items()}
@@ -355,7 +354,7 @@ def main() -> int:
         folder, notes = _recorded.open_folder(output, settings, dataset, stored, __file__)
     find = functools.partial(_find, folder, config, grid, dataset)
     num_rows = len(grid.batch_sizes) * len(grid.learning_rates)
-    return _tabled.record(folder, notes, num_rows, find)
+    return _tabled.record(folder, notes, num_rows, find, can_resume=True)
 
 
 def _parse_rates(words: Sequence[str]) -> tuple[float, ...]:
@@ -370,4 +369,4 @@ def _parse_rates(words: Sequence[str]) -> tuple[float, ...]:
 
 if __name__ == "__main__":
     _cli.use_all_cores()
-    _cli.start(main, __doc__ or "", GROUPS)
+    _cli.start(main, __doc__ or "", GROUPS, defaults=_TRAINING)

@@ -67,7 +67,8 @@ def make_step(
 
     Args:
       fun: the cost of ONE example, ``(params, example) -> scalar``.
-      optimizer: `sgd` or any optax optimizer.
+      optimizer: `sgd` or any optax optimizer; one that asks for ``value`` gets the mean cost of the
+        mini-batch, one that asks for more is refused by optax.
       donate: give the buffers of the incoming state to the outgoing one. Saves one copy of params
         and optimizer state; the state handed in must then not be used again, nor hold one array at
         two places (copy it: XLA refuses to take a buffer twice).
@@ -119,7 +120,7 @@ def make_epoch(
 
     Args:
       fun: the cost of ONE example, ``(params, example) -> scalar``.
-      optimizer: `sgd` or any optax optimizer.
+      optimizer: as in `make_step`.
       donate: give the buffers of the incoming state to the outgoing one; the state handed in must
         then not be used again, nor hold one array at two places.
       strategy: how the mini-batch gradient is computed, see `mean_value_and_grad`.
@@ -249,13 +250,14 @@ def _make_update(
 ) -> Callable[[TrainState, Examples, Array], tuple[TrainState, StepInfo]]:
     """Returns one step on weighted examples, not compiled: what a step and an epoch share."""
     _validate.optimizer(optimizer)
+    optimizer = optax.with_extra_args_support(optimizer)
     gradient = mean_value_and_grad(fun, strategy=strategy, mesh=mesh)
 
     def update(
         state: TrainState, examples: Examples, weights: Array
     ) -> tuple[TrainState, StepInfo]:
         cost, grads = gradient(state.params, examples, weights)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=cost)
         params: Any = optax.apply_updates(state.params, updates)
         after = TrainState(params, opt_state, state.step + 1)
         if mesh is not None:

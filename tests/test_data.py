@@ -400,16 +400,23 @@ def test_a_corrupt_file_is_an_error_and_never_replaced(tmp_path, mirrors):
     assert requested == []
 
 
-def test_when_both_mirrors_fail_the_error_is_the_offline_one_and_no_file_is_left(tmp_path, mirrors):
+@pytest.mark.parametrize("was_there", [False, True])
+def test_when_both_mirrors_fail_the_error_is_the_offline_one_and_nothing_is_left(
+    tmp_path, mirrors, was_there
+):
     mirrors("corrupt", "gone")
+    folder = tmp_path / "a" / "data"
+    if was_there:
+        folder.mkdir(parents=True)
     with pytest.raises(FileNotFoundError) as caught:
-        load("mnist", tmp_path / "data")
+        load("mnist", folder)
     message = str(caught.value)
-    assert f"into {tmp_path / 'data' / 'mnist'}, or" in message
+    assert f"into {folder / 'mnist'}, or" in message
     assert "--data_dir" in message
     assert re.search(rf"/corrupt/{TRAIN_IMAGES}.gz: .*hash", message)
     assert re.search(rf"/gone/{TRAIN_IMAGES}.gz: .*404", message)
-    assert not any((tmp_path / "data" / "mnist").iterdir())
+    assert (folder.exists(), folder.parent.exists()) == (was_there, was_there)
+    assert not (folder / "mnist").exists()
 
 
 def test_the_default_folder_is_the_cache_of_the_user(tmp_path, monkeypatch):

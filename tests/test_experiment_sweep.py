@@ -72,7 +72,7 @@ def test_tables_sum_up_the_runs(swept):
 
 
 @pytest.mark.parametrize("stop_after", [2, 3])
-def test_an_interrupted_sweep_resumes_bit_for_bit(swept, stop_after, monkeypatch):
+def test_an_interrupted_sweep_resumes_bit_for_bit(swept, stop_after, monkeypatch, capsys):
     """Stopped between the two sizes, and within the second."""
     name, out_dir = f"stopped{stop_after}", f"--out_dir={swept.parent}"
     save = runs.Checkpoints.save
@@ -83,8 +83,8 @@ def test_an_interrupted_sweep_resumes_bit_for_bit(swept, stop_after, monkeypatch
             raise KeyboardInterrupt
 
     monkeypatch.setattr(runs.Checkpoints, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        call(*GRID, "--seed=3", out_dir, f"--run_name={name}")
+    assert call(*GRID, "--seed=3", out_dir, f"--run_name={name}") == 130
+    assert f"go on with --resume --run_name={name}" in capsys.readouterr().err
     monkeypatch.undo()
     assert call("--resume", out_dir, f"--run_name={name}") == 0
     for file in ("table.csv", "runs.csv"):

@@ -538,6 +538,9 @@ def test_every_setting_is_a_flag_and_help_shows_it_once_with_its_default():
     for name in names:
         assert text.count(f"\n  --{name}") == 1
     assert "--learning_rate=3.0" in text
+    other = _cli.help_text("", _flags.GROUPS, {"learning_rate": 0.5, "sizes": (2, 1)})
+    assert "--learning_rate=0.5\n" in other
+    assert "--sizes=2,1\n" in other
     assert max(map(len, text.splitlines())) <= 100
 
 

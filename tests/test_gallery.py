@@ -20,6 +20,7 @@ from experiments import (
     _orders,
     _sampler_rounds,
     _starting_point,
+    _tabled,
     _target,
     critical_batch_size,
     directions,
@@ -29,7 +30,7 @@ from experiments import (
     samplers,
 )
 from experiments._asked import Asked
-from sgd_jax import sampling
+from sgd_jax import runs, sampling
 from sgd_jax.data import Examples
 
 N = 200  # training examples of the digits with --smoke
@@ -393,6 +394,35 @@ def test_sizes_are_swept_and_set_beside_the_noise_scale(tmp_path):
 # all
 
 
+def test_a_batch_size_of_full_is_that_of_all_examples():
+    prepared = _starting_point.prepare({"batch_size": 0, "epochs": 1, "smoke": True})
+    for program in (landscape, samplers):
+        assert program.check(Asked(program.Config(), *prepared)).training.batch_size == N
+
+
+@pytest.mark.parametrize("can_resume", [False, True])
+def test_an_interrupted_run_leaves_the_rows_it_has_found_and_says_where(
+    tmp_path, capsys, can_resume
+):
+    folder = runs.RunFolder.create(tmp_path, "mine", "train")
+    rows = [{"m": 1, "cost": 0.5}, {"m": 10, "cost": None}]
+
+    def find(show):
+        for row in rows:
+            show(_tabled.Table((_tabled.Column("m", "m"),)), row)
+        raise KeyboardInterrupt
+
+    assert _tabled.record(folder, [], 3, find, can_resume=can_resume) == 130
+    printed = capsys.readouterr()
+    how = ": go on with --resume --run_name=mine" if can_resume else ""
+    assert printed.err == f"error: interrupted; the rows found so far are kept{how}\n"
+    assert printed.out.endswith(f"run folder: {folder.path}\n")
+    assert table(folder.path / "table.csv") == [
+        {"m": "1", "cost": "0.5"}, {"m": "10", "cost": ""},
+    ]  # fmt: skip
+    assert not folder.summary_path.exists()
+
+
 @pytest.mark.parametrize(
     ("program", "arguments", "message"),
     [
@@ -411,6 +441,14 @@ def test_sizes_are_swept_and_set_beside_the_noise_scale(tmp_path):
         (samplers, ["--problems=hard"], "problems is ('hard',); expected any of convex, network"),
         (samplers, ["--batch_size=9"], "batch_size is 9; expected at least 10"),
         (samplers, ["--uniform_share=0"], "uniform_share is 0.0; expected a number above 0"),
+        *(
+            (
+                program,
+                ["--batch_size=adaptive:cabs", "--num_seeds=1"][:arguments],
+                "batch_size is adaptive:cabs; expected one size for all of training",
+            )
+            for program, arguments in ((reshuffling, 2), (samplers, 2), (landscape, 1))
+        ),
     ],
 )
 def test_bad_input_is_told_before_any_work(program, arguments, message, tmp_path, capsys):

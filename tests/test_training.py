@@ -26,6 +26,10 @@ OPTAX = {
     "rmsprop": optax.rmsprop(0.01, momentum=0.5),
     "clipped sgd": optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.5)),
     "schedule": optax.sgd(optax.exponential_decay(0.5, 2, 0.5)),
+    "takes the cost": optax.polyak_sgd(0.5, scaling=0.1),
+    "waits for the cost": optax.chain(
+        optax.sgd(0.5), optax.contrib.reduce_on_plateau(0.5, rtol=0.9, patience=0)
+    ),
 }
 
 
@@ -431,8 +435,9 @@ def test_an_epoch_equals_a_plain_optax_loop(optimizer):
 
     @jax.jit
     def step(network, opt_state, batch):
-        gradient = jax.grad(sj.mean_cost(quadratic))(network, batch)
-        updates, opt_state = optimizer.update(gradient, opt_state, network)
+        cost, gradient = jax.value_and_grad(sj.mean_cost(quadratic))(network, batch)
+        update = optax.with_extra_args_support(optimizer).update
+        updates, opt_state = update(gradient, opt_state, network, value=cost)
         return optax.apply_updates(network, updates), opt_state
 
     for row in batches:

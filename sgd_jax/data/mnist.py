@@ -1,5 +1,6 @@
 """MNIST and its twin Fashion-MNIST: four IDX files, found in a folder or fetched from a mirror."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -164,11 +165,15 @@ def _find_files(name: str, source: Source, data_dir: Path, download: bool) -> di
         files = _existing(folder, source)
         if len(files) == len(source.sha256):
             return files
+    made = [path for path in (own_folder, *own_folder.parents) if not path.exists()]
     failures = _download(source, own_folder) if download else []
     files = _existing(own_folder, source)
     missing = [f"{file}.gz" for file in source.sha256 if file not in files]
     if not missing:
         return files
+    for path in made:  # for a download of which nothing came
+        with contextlib.suppress(OSError):
+            path.rmdir()
     lines = [
         f"{name}: files are missing from {own_folder}"
         + (" and could not be downloaded:" if download else "; downloading is off:"),
