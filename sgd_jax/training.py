@@ -136,11 +136,10 @@ def make_epoch(
     Returns:
       A jitted function ``(state, examples, batches) -> (state, info)``: examples has leading axis n
       and stays where it is, batches is (steps, m) of any integer dtype, and ``info.cost`` is
-      (steps,). Under `jax.vmap` it trains many states at a time. Indices are not checked, for they
-      live on the device: they must lie in [−1, n), or [−1, n/D) with ``own_rows``, and each row
-      must name at least one example (a row of −1 alone gives a non-finite cost). It raises
-      `ValueError` where batches is not a matrix, or n or m no multiple of D with ``own_rows``, and
-      `TypeError` where batches is not of integers.
+      (steps,). Under `jax.vmap` it trains many states at a time. Indices live on the device, where
+      nothing can be raised: one outside of [−1, n), or [−1, n/D) with ``own_rows``, and a row of −1
+      alone give a NaN cost and NaN params. It raises `ValueError` where batches is not a matrix, or
+      n or m no multiple of D with ``own_rows``, and `TypeError` where batches is not of integers.
 
     >>> import jax.numpy as jnp, sgd_jax as sj
     >>> optimizer = sj.sgd(learning_rate=0.5)
@@ -168,8 +167,11 @@ def make_epoch(
             raise ValueError(f"batches must name examples, got m = 0 in shape {batches.shape}")
         if not jnp.issubdtype(jnp.result_type(batches), jnp.integer):
             raise TypeError(f"batches must hold indices, got dtype {jnp.result_type(batches)}")
+        batches = batches.astype(jnp.promote_types(batches.dtype, jnp.int32))  # has −1 and n
+        num_rows = n  # that an index may name
         if own_rows and mesh is not None:
             _check_pieces(n, batches.shape[1], sharding.num_shards(mesh))
+            num_rows = n // sharding.num_shards(mesh)
         batches = sampling.lay_out(batches, mesh)
 
         def step(state: TrainState, batch: tuple[Examples, Array]) -> tuple[TrainState, StepInfo]:
@@ -192,6 +194,7 @@ def make_epoch(
             # NaN said outright: XLA turns a division of bools by zero into zero.
             absent_weight = jnp.where(num_present > 0, 0.0, jnp.nan)
             weights = jnp.where(present, 1 / num_present, absent_weight)
+            weights = jnp.where((indices >= -1) & (indices < num_rows), weights, jnp.nan)
             return jax.lax.scan(step, state, (gathered, weights))
 
         steps, m = batches.shape

@@ -526,10 +526,12 @@ def test_an_epoch_of_no_steps_changes_nothing():
     assert costs.shape == (0,)
 
 
-def test_a_row_of_minus_1_alone_gives_a_non_finite_cost():
+@pytest.mark.parametrize("row", [[-1, -1], [0, NUM_EXAMPLES], [2, -2], [10**6, 1]])
+def test_a_row_without_examples_or_with_an_index_out_of_range_gives_a_nan_cost(row):
     optimizer = sj.sgd(0.1)
-    _, costs = train(sj.make_epoch(quadratic, optimizer), optimizer, jnp.array([[0, 1], [-1, -1]]))
-    assert jnp.isfinite(costs).tolist() == [True, False]
+    params, costs = train(sj.make_epoch(quadratic, optimizer), optimizer, jnp.array([[0, 1], row]))
+    assert jnp.isnan(costs).tolist() == [False, True]
+    assert all(jnp.isnan(leaf).any() for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(
