@@ -28,8 +28,8 @@ pass, 5 % less from the tenth on; importance sampling has 2 to 5 times less once
 left that the network gets wrong; SVRG mostly has more, for an anchor grows old within a round; and
 all that is less than what twice or three times as many steps bring. Of the second command, above
 the least cost: SVRG 0.00004, importance sampling 0.027, stratified draws 0.040, uniform ones 0.050;
-network: 0.0350, 0.0299, 0.0266 and 0.0274. A minute and a half for the first command, eleven for
-the second, on two cores that several other programs shared.
+network: 0.0350, 0.0299, 0.0266 and 0.0274. The first command takes 39 s on two cores with
+compiling; the second took eleven minutes on two that others shared.
 """
 
 import dataclasses
