@@ -19,8 +19,8 @@ m = 100 from 1.00 to 0.62. From epoch 2 on, the change of the cost predicted for
 2.5 % of what is measured; at m = 1 and η = 3 a step makes the cost rise, and is expected to. At the
 best learning rate of each, 1,000 gradients spent on SGD with m = 10 buy 13 times the descent that
 they buy spent on the full gradient after epoch 30, and 111 times before training. 20 s on two
-cores with compiling. Of the second command: from 0.43 to 0.02, 0.84 to 0.09 and 0.98 to 0.23; 56 times
-after epoch 30; before training GᵀHG < 0. Five minutes of CPU time.
+cores with compiling. Of the second command: from 0.43 to 0.02, 0.84 to 0.09 and 0.98 to 0.23; 56
+times after epoch 30; before training GᵀHG < 0. Five minutes of CPU time.
 """
 
 import dataclasses
