@@ -110,9 +110,12 @@ def initialize(
             f"process_id is {process_id}; expected 0 to num_processes − 1 = {count - 1}"
         )
     began = time.monotonic()
+    host = host.strip("[]")
+    _check_host(str(coordinator), host, int(port))
     if process_id == 0:
         _check_port(str(coordinator), int(port))
-    _await_first(str(coordinator), host.strip("[]"), int(port), join_timeout if process_id else 0)
+    else:
+        _await_first(str(coordinator), host, int(port), join_timeout)
     left = max(1.0, join_timeout - (time.monotonic() - began))
     with _ended_after(left, f"process {process_id} of {count}"):
         jax.distributed.initialize(coordinator, count, process_id, **timeouts)
@@ -132,8 +135,8 @@ def _check_port(coordinator: str, port: int) -> None:
             ) from error
 
 
-def _await_first(coordinator: str, host: str, port: int, timeout: float) -> None:
-    """Waits so many seconds for process 0 to listen; 0 asks only whether its host is known."""
+def _check_host(coordinator: str, host: str, port: int) -> None:
+    """Raises ValueError where nobody knows the host of process 0."""
     try:
         socket.getaddrinfo(host, port)
     except OSError as error:
@@ -141,8 +144,12 @@ def _await_first(coordinator: str, host: str, port: int, timeout: float) -> None
             f"coordinator is {coordinator}, but no host {host!r} is known here ({error.strerror}); "
             "expected host:port of process 0, as in 10.0.0.1:1234"
         ) from error
+
+
+def _await_first(coordinator: str, host: str, port: int, timeout: float) -> None:
+    """Waits so many seconds for process 0 to listen; then raises TimeoutError."""
     deadline = time.monotonic() + timeout
-    while timeout:
+    while True:
         try:
             socket.create_connection((host, port), timeout).close()
         except OSError as error:
