@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 
+import in_process
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import reference
-from absl import flags
 from rich.console import Console
 
 import sgd_jax as sj
@@ -50,12 +50,7 @@ def command_line(path, out_dir, *more):
 
 def main(*arguments):
     """Runs the program in this process, in float64, and returns its exit code."""
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS(["train", "--dtype=float64", *arguments])
-    try:
-        return train.main()
-    except SystemExit as leaving:
-        return leaving.code
+    return in_process.run(train, "--dtype=float64", *arguments)
 
 
 def start(*arguments):
