@@ -61,7 +61,7 @@ def start(
 
     def guarded(argv: Sequence[str]) -> int:
         with user_errors():
-            _processes.initialize(groups)
+            _processes.initialize(groups, Path(argv[0]).stem)
             _signals.take()
             _platform.choose(_platform.PLATFORM.value)
         try:

@@ -47,14 +47,19 @@ GROUPS = {
 }
 
 
-def initialize(groups: Mapping[str, Sequence[flags.FlagHolder]]) -> None:
+_MAY_DIFFER = {_PROCESS_ID.name, "data_dir", "peer_timeout", "join_timeout", "coordinator"}
+"""Flags that need not be equal in all processes: of the data, the contents are compared."""
+
+
+def initialize(groups: Mapping[str, Sequence[flags.FlagHolder]], program: str) -> None:
     """Joins the processes, where the flags say so; all but the first fall silent.
 
     Args:
       groups: Flags that the program reads; without ours nothing is joined.
+      program: Its name.
 
     Raises:
-      ValueError: flags that do not go together.
+      ValueError: flags that do not go together; processes that run different programs or settings.
       TimeoutError: not all processes came.
     """
     if HEADING not in groups:
@@ -66,6 +71,13 @@ def initialize(groups: Mapping[str, Sequence[flags.FlagHolder]]) -> None:
         peer_timeout=_PEER_TIMEOUT.value,
         join_timeout=_JOIN_TIMEOUT.value,
     )
+    settings = {
+        holder.name: holder.value
+        for group in groups.values()
+        for holder in group
+        if holder.name not in _MAY_DIFFER
+    }
+    processes.check_same({"the program": program} | settings)
     if not processes.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
 

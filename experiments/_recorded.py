@@ -159,14 +159,19 @@ def open_folder(
       run works on and, where it is resumed, what may keep it from being the same to the last bit.
 
     Raises:
-      ValueError: the data are not those that the run began with.
+      ValueError: the data are not those that the run began with, or not the same in all processes.
       BlockingIOError: another process works on the run.
       FileNotFoundError: a process does not see the folder that the first has made.
     """
     made = []
+    digest = processes.in_all(lambda: digest_of(dataset))
+    contents = {f"the data of {dataset.name} (SHA-256)": digest[:12]}
+    places = ("dataset", "data_dir")  # what lies there is compared instead
+    others = {name: value for name, value in settings.items() if name not in places}
+    processes.check_same(contents | others, "data and settings")
 
     def make() -> tuple[str, list[str]]:
-        folder, notes = _make_folder(output, settings, dataset, stored, source)
+        folder, notes = _make_folder(output, settings, dataset, digest, stored, source)
         made.append(folder)
         return str(folder.path.absolute()), notes
 
@@ -188,13 +193,13 @@ def _make_folder(
     output: Output,
     settings: dict[str, Any],
     dataset: data.Dataset,
+    digest: str,
     stored: dict[str, Any] | None,
     source: str,
 ) -> tuple[runs.RunFolder, list[str]]:
-    """See `open_folder`."""
+    """See `open_folder`; ``digest`` is that of the data set."""
     experiment = Path(source).stem
     environment = runs.describe_environment(source)
-    digest = digest_of(dataset)
     device = environment["device"]
     num_train, num_validation, num_test = (len(part.labels) for part in dataset[1:4])
     notes = [

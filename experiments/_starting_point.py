@@ -77,12 +77,7 @@ def read_run(
     config = Config(**_recorded.merge_settings(before, kept, frozenset({"data_dir"}), flag="run"))
     _enable(config)
     config = dataclasses.replace(config, stream=False)
-    dataset = processes.in_all(lambda: load(config))
-    if stored["data_sha256"] != _recorded.digest_of(dataset):
-        raise ValueError(
-            f"dataset {dataset.name} holds other data than when {folder.path} was trained; "
-            "expected the same examples in the same order"
-        )
+    dataset = processes.in_all(lambda: _load_same(config, stored["data_sha256"], folder.path))
     numbers, init_all = _classifier.make_init(
         make_optimizer(config, num_examples=len(dataset.train.labels)),
         sizes=config.sizes or (),
@@ -102,12 +97,23 @@ def read_run(
     )
 
 
+def _load_same(config: Config, digest: str, path: Path) -> data.Dataset:
+    """Returns the data of a run; raises ValueError unless they have the digest."""
+    dataset = load(config)
+    if _recorded.digest_of(dataset) != digest:
+        raise ValueError(
+            f"dataset {dataset.name} holds other data than when {path} was trained; expected the "
+            "same examples in the same order"
+        )
+    return dataset
+
+
 def prepare(given: dict[str, Any]) -> tuple[Config, data.Dataset]:
     """Returns checked settings and their data, for a network that is yet to be trained."""
     config = Config(**given)
     _enable(config)
     dataset = processes.in_all(lambda: load(config))
-    return resolve(config, dataset), dataset
+    return processes.in_all(lambda: resolve(config, dataset)), dataset
 
 
 def find_point(

@@ -220,7 +220,7 @@ def main() -> int:
         if config.dtype == "float64":
             jax.config.update("jax_enable_x64", True)
         dataset = processes.in_all(lambda: load(config))
-        config = resolve(config, dataset)
+        config = processes.in_all(lambda: resolve(config, dataset))
         folder, notes = _recorded.open_folder(output, asdict(config), dataset, stored, __file__)
     train = functools.partial(run, config, dataset, mesh=mesh)
     return _recorded.record(folder, output, config.epochs, config.seed, notes, train)

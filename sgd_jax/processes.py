@@ -5,13 +5,17 @@ must happen once, such as writing a file, the first process does, and tells the 
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -57,7 +61,8 @@ def initialize(
 
     Raises:
       ValueError: some arguments without the others, or out of range; a host that nobody knows;
-        `AUTO` where there is nothing to be found.
+        `AUTO` where there is nothing to be found; processes that run different versions, JAX
+        settings or numbers of devices, see `check_same`.
       OSError: process 0 cannot have the port.
       TimeoutError: process 0 could not be reached in time.
       RuntimeError: the processes were joined already, or JAX has computed already.
@@ -90,6 +95,7 @@ def initialize(
                 f"which processes there are ({error}); give coordinator as host:port, "
                 "num_processes and process_id"
             ) from error
+        check_same(_environment(), "versions, JAX settings and devices")
         return
     missing = [name for name in given if name not in present]
     if missing:
@@ -119,6 +125,7 @@ def initialize(
     left = max(1.0, join_timeout - (time.monotonic() - began))
     with _ended_after(left, f"process {process_id} of {count}"):
         jax.distributed.initialize(coordinator, count, process_id, **timeouts)
+    check_same(_environment(), "versions, JAX settings and devices")
 
 
 def _check_port(coordinator: str, port: int) -> None:
@@ -237,8 +244,112 @@ def in_all(function: Callable[[], Value]) -> Value:
     if error is not None:
         raise error
     if failed.any():
-        raise OtherProcessError(f"process {int(np.argmax(failed))} has failed, and says why itself")
+        raise OtherProcessError(f"process {int(np.argmax(failed))} failed; see its own output")
     return value  # pyright: ignore[reportReturnType]
+
+
+def check_same(facts: Mapping[str, Any], what: str = "settings") -> None:
+    """Checks that facts are equal in all processes; every process must call it.
+
+    Each process compares the facts of all, so where one differs, all of them raise.
+
+    Args:
+      facts: values by name; two are equal if they are the same as JSON, or have the same `str`.
+      what: what the facts are, for the message.
+
+    Raises:
+      ValueError: a fact differs, or is missing somewhere; names each, with its values and the
+        processes that have them.
+    """
+    if jax.process_count() == 1:
+        return
+    _check_device_counts(Counter(device.process_index for device in jax.devices()))
+    own = {name: json.dumps(value, default=str, sort_keys=True) for name, value in facts.items()}
+    differences = describe_differences([json.loads(text) for text in _from_all(json.dumps(own))])
+    if differences:
+        raise ValueError(
+            f"the {jax.process_count()} processes were started differently: {differences}. Start "
+            f"all of them with the same {what}"
+        )
+
+
+def describe_differences(facts: Sequence[Mapping[str, str]]) -> str:
+    """Returns which facts differ between processes, or "" if none does.
+
+    Args:
+      facts: of each process, by name.
+
+    >>> describe_differences([{"seed": "0", "m": "10"}, {"seed": "1", "m": "10"}])
+    'seed is 0 in process 0 and 1 in process 1'
+    """
+    sentences = []
+    for name in dict.fromkeys(name for mapping in facts for name in mapping):
+        processes_by_value: dict[str, list[int]] = {}
+        for index, mapping in enumerate(facts):
+            processes_by_value.setdefault(mapping.get(name, "missing"), []).append(index)
+        if len(processes_by_value) > 1:
+            parts = (
+                f"{value} in {_name_processes(indices)}"
+                for value, indices in processes_by_value.items()
+            )
+            sentences.append(f"{name} is {' and '.join(parts)}")
+    return "; ".join(sentences)
+
+
+def _name_processes(indices: Sequence[int], most: int = 4) -> str:
+    """Returns such as "processes 0, 2, 3"; of many the first few and how many more."""
+    shown = ", ".join(map(str, indices[:most]))
+    more = f" and {len(indices) - most} more" if len(indices) > most else ""
+    return f"process{'es' * (len(indices) > 1)} {shown}{more}"
+
+
+def _check_device_counts(counts: Mapping[int, int]) -> None:
+    """Raises ValueError unless every process has the same number of devices."""
+    facts = [{"the number of devices": str(counts[index])} for index in sorted(counts)]
+    if differences := describe_differences(facts):
+        raise ValueError(
+            f"the processes have different devices: {differences}. Give each the same number: on "
+            "CPUs by JAX_NUM_CPU_DEVICES, on GPUs by CUDA_VISIBLE_DEVICES"
+        )
+
+
+_PACKAGES = ("jax", "jaxlib", "numpy", "optax", "sgd_jax")
+_JAX_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_dtype_bits",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion",
+)
+
+
+def _environment() -> dict[str, Any]:
+    """Returns what must be equal in all processes whatever they compute."""
+    facts: dict[str, Any] = {}
+    for package in _PACKAGES:
+        try:
+            facts[f"the version of {package}"] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # a checkout that is not installed
+            facts[f"the version of {package}"] = None
+    settings = jax.config.values
+    facts |= {name: settings[name] for name in _JAX_SETTINGS if name in settings}
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        sources.update(path.read_bytes())
+    facts["the source of sgd_jax (SHA-256)"] = sources.hexdigest()[:12]
+    facts["the kind of device"] = jax.local_devices()[0].device_kind
+    return facts
+
+
+def _from_all(text: str) -> list[str]:
+    """Returns the text of each process, in their order."""
+    own = text.encode()
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(own))))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(own)] = np.frombuffer(own, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded), np.uint8)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def _from_first(text: bytes) -> bytes:

@@ -24,19 +24,23 @@ ROOT = pathlib.Path(train.__file__).parents[1]
 PATIENT = "--peer_timeout=3000"  # a test machine may stand still for a while
 
 
-def run_together(*commands):
-    """Runs programs at the same time; returns exit code, stdout and stderr of each."""
+def run_together(*commands, folders=()):
+    """Runs programs at the same time; returns exit code, stdout and stderr of each.
+
+    Each runs in its own folder, if ``folders`` are given.
+    """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": "",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "PYTHONPATH": str(ROOT),
     }
     started = [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for command in commands
+        for command, folder in zip(commands, folders or [ROOT] * len(commands), strict=True)
     ]  # fmt: skip
     try:
         texts = [process.communicate(timeout=1800) for process in started]
@@ -231,7 +235,7 @@ def test_the_first_process_tells_the_others_what_it_found_or_why_not(both):
     assert first == [
         "{'by': 0, 'text': '∇C'}",
         "IndexError: list index out of range",
-        "OtherProcessError: process 1 has failed, and says why itself",
+        "OtherProcessError: process 1 failed; see its own output",
         "0",
     ]
     assert second == [
@@ -240,6 +244,93 @@ def test_the_first_process_tells_the_others_what_it_found_or_why_not(both):
         "ZeroDivisionError: integer division or modulo by zero",
         "1",
     ]
+
+
+# Processes that were started differently
+
+
+def refused(*commands, folders=()):
+    """Starts programs that belong together; returns what each says, all being refused."""
+    joining = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={len(commands)}"]
+    done = run_together(
+        *(
+            [*command, "--smoke", "--epochs=1", *joining, PATIENT, f"--process_id={k}"]
+            for k, command in enumerate(commands)
+        ),
+        folders=folders,
+    )
+    assert [code for code, _, _ in done] == [2] * len(commands), done
+    errors = [
+        [line for line in text.splitlines() if line.startswith("error: ")] for _, _, text in done
+    ]
+    assert all(lines == errors[0] for lines in errors), done
+    (line,) = errors[0]
+    return line
+
+
+def test_what_differs_between_processes_is_named_with_values_and_processes():
+    same = {"seed": "0", "m": "10"}
+    assert processes.describe_differences([same, dict(same), dict(same)]) == ""
+    differing = [same | {"m": "20"}, same, same | {"m": "20", "new": "1"}]
+    assert processes.describe_differences(differing) == (
+        "m is 20 in processes 0, 2 and 10 in process 1; "
+        "new is missing in processes 0, 1 and 1 in process 2"
+    )
+    many = [same] * 9 + [same | {"seed": "1"}]
+    assert processes.describe_differences(many) == (
+        "seed is 0 in processes 0, 1, 2, 3 and 5 more and 1 in process 9"
+    )
+
+
+def test_processes_need_the_same_number_of_devices():
+    processes._check_device_counts({0: 2, 1: 2})
+    with pytest.raises(ValueError, match="devices is 2 in process 0 and 1 in process 1. Give each"):
+        processes._check_device_counts({1: 1, 0: 2})
+
+
+def test_what_must_be_equal_everywhere_names_versions_and_settings_of_jax():
+    facts = processes._environment()
+    assert facts["the version of jax"] == jax.__version__
+    assert facts["jax_enable_x64"] is True
+    assert {"the version of sgd_jax", "the source of sgd_jax (SHA-256)"} <= facts.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("--learning_rate=1", "--learning_rate=2", "learning_rate is 1.0 in process 0 and 2.0 in"),
+        ("--seed=0", "--seed=1", "seed is 0 in process 0 and 1 in process 1"),
+    ],
+)
+def test_processes_with_different_settings_all_end_and_say_what_differs(
+    first, second, message, tmp_path
+):
+    common = ["-m", "experiments.train", f"--out_dir={tmp_path}"]
+    line = refused([*common, first], [*common, second])
+    assert line.startswith("error: the 2 processes were started differently: ")
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_processes_with_different_data_all_end_and_say_so(tmp_path):
+    paths = [tmp_path / str(k) / "mine.npz" for k in range(2)]
+    for k, path in enumerate(paths):
+        path.parent.mkdir()
+        x, y = np.arange(40, dtype=np.float32).reshape(20, 2) / 40 + k, np.arange(20) % 2
+        np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+    common = ["-m", "experiments.train", f"--out_dir={tmp_path / 'runs'}", "--dataset=mine.npz"]
+    line = refused(common, common, folders=[path.parent for path in paths])
+    assert "the data of mine (SHA-256) is " in line
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.slow
+def test_processes_of_different_programs_all_end_and_say_so(tmp_path):
+    out_dir = f"--out_dir={tmp_path}"
+    line = refused(["-m", "experiments.train", out_dir], ["-m", "experiments.noise_scale", out_dir])
+    assert 'the program is "train" in process 0 and "noise_scale" in process 1' in line
 
 
 @pytest.mark.parametrize(
