@@ -74,10 +74,13 @@ def start(
                 raise
             print(f"error: {error}. What was written before is kept", file=sys.stderr)
             code = 1
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, MemoryError) as error:
             if _processes.is_loss(error):
                 _processes.leave_the_lost(error)
-            raise
+            if not is_out_of_memory(error):
+                raise
+            print(f"error: {out_of_memory(error)}", file=sys.stderr)
+            code = 1
         if code > 128:  # an epoch may be under way, which Python would wait for
             sys.stdout.flush()
             sys.stderr.flush()
@@ -93,6 +96,21 @@ def start(
 def is_of_disk(error: OSError) -> bool:
     """Whether the disk is full or fails: by its number, or one of ours, a sentence without one."""
     return error.errno in _DISK_ERRORS or error.errno is None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory, of the host or of the device, was too small."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def out_of_memory(error: Exception) -> str:
+    """Returns the message for an error of memory: what was asked for, and what to try."""
+    reason = str(error).partition("\n")[0] or "the system gave no reason"
+    return (
+        f"out of memory ({reason:.200}). Use fewer examples at a time: --stream if the data do not "
+        "fit, a smaller --chunk_mib if they are streamed, a smaller --batch_size, --num_seeds or "
+        "number of draws otherwise"
+    )
 
 
 def print_what_can_be_printed() -> None:

@@ -332,7 +332,7 @@ def _train(
             with _signals.shielded():
                 within.save(progress)
 
-        go_on = f"go on with --resume --run_name={folder.path.name}"
+        go_on = f"continue with --resume --run_name={folder.path.name}"
         try:
             run(restore=restore, on_epoch=on_epoch, on_part=on_part)
         except DivergenceError as error:
@@ -340,9 +340,24 @@ def _train(
         except KeyboardInterrupt as error:
             why = f"{str(error) or 'interrupted'}; every epoch that was finished is saved: {go_on}"
             return "interrupted", _signals.exit_code(error), why
+        except data.ChangedFileError as error:
+            why = f"{error}. {_name_last(folder)}. Put the file back, then {go_on}"
+            return "failed", 1, why
         except OSError as error:
             return "failed", 1, f"{error}. When there is room again, {go_on}"
+        except (MemoryError, RuntimeError) as error:
+            if not _cli.is_out_of_memory(error):
+                raise
+            return "failed", 1, f"{_cli.out_of_memory(error)}. Then {go_on}"
     return "complete", 0, ""
+
+
+def _name_last(folder: runs.RunFolder) -> str:
+    """Returns a sentence that names the last checkpoint of a run."""
+    records = folder.read_metrics()
+    if not records:
+        return "There is no checkpoint yet"
+    return f"The last checkpoint is of epoch {records[-1]['epoch']}, in {folder.checkpoints_path}"
 
 
 def _conclude(

@@ -224,7 +224,7 @@ def _leave_what_is_there(
                 runs.write_text(folder.path / f"{table.stem}.csv", _csv(rows))
             left = "the rows found so far are kept" if shown else "no row was found yet"
             if can_resume:
-                left += f": go on with --resume --run_name={folder.path.name}"
+                left += f": continue with --resume --run_name={folder.path.name}"
             print(f"error: {str(error) or 'interrupted'}; {left}", file=sys.stderr)
             print(f"run folder: {folder.path}")
     return _signals.exit_code(error)

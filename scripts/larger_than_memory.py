@@ -162,7 +162,14 @@ def _ask(worker: subprocess.Popen, question: dict[str, int]) -> dict:
     assert worker.stdout
     worker.stdin.write(json.dumps(question) + "\n")
     worker.stdin.flush()
-    return json.loads(worker.stdout.readline())
+    line = worker.stdout.readline()
+    if not line:
+        sys.exit(
+            f"error: {' '.join(map(str, worker.args))} ended with exit code {worker.wait()}; its "
+            f"own output says why. If memory is short, raise --cap_mib={_CAP_MIB.value}, or lower "
+            f"--chunk_mib={_CHUNK_MIB.value:g}: two chunks are in memory at a time"
+        )
+    return json.loads(line)
 
 
 def take_turns(folder: Path, kind: str) -> None:

@@ -1,7 +1,9 @@
 """Training on examples that stay on the disk: what is trained in memory, and can go on anywhere."""
 
 import dataclasses
+import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -218,3 +220,46 @@ def test_without_grain_streaming_says_what_to_install(folder, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "grain", None)
     assert main(*command_line(folder, tmp_path)) == 2
     assert "pip install 'sgd_jax[experiments]'" in capsys.readouterr().err
+
+
+# --- Data that change while they are trained on ---------------------------------------------------
+
+
+def test_a_data_file_that_shrinks_names_the_sizes_and_the_last_checkpoint(
+    folder, tmp_path, monkeypatch, capsys
+):
+    copied = shutil.copytree(folder, tmp_path / "mine")
+    file = copied / "x_train-2.npy"
+    size = file.stat().st_size
+    append_metrics = runs.RunFolder.append_metrics
+
+    def shrink_after_epoch_1(self, record):
+        append_metrics(self, record)
+        if record["epoch"] == 1:
+            os.truncate(file, size - 10)
+
+    monkeypatch.setattr(runs.RunFolder, "append_metrics", shrink_after_epoch_1)
+    arguments = command_line(copied, tmp_path / "runs", "--run_name=shrunk")
+    assert main(*arguments, "--epochs=9") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert re.search(
+        rf"x_train-2\.npy has changed .*expected {size} bytes .*, found {size - 10} bytes .*"
+        r"The last checkpoint is of epoch 1, in .*shrunk.checkpoints\. Put the file back, then "
+        r"continue with --resume --run_name=shrunk",
+        line,
+    )
+
+
+def test_memory_that_runs_out_while_data_are_loaded_is_a_sentence(
+    folder, tmp_path, monkeypatch, capsys
+):
+    def take(self, indices):
+        raise MemoryError("Unable to allocate 192. MiB")
+
+    monkeypatch.setattr(data.Rows, "take", take)
+    assert main(*command_line(folder, tmp_path, "--run_name=large")) == 1
+    error = capsys.readouterr().err
+    assert "error: out of memory (Unable to allocate 192. MiB). Use fewer examples" in error
+    assert "a smaller --chunk_mib" in error
+    assert "continue with --resume --run_name=large" in error
+    assert "Traceback" not in error

@@ -84,7 +84,7 @@ def test_an_interrupted_sweep_resumes_bit_for_bit(swept, stop_after, monkeypatch
 
     monkeypatch.setattr(runs.Checkpoints, "save", save_and_stop)
     assert call(*GRID, "--seed=3", out_dir, f"--run_name={name}") == 130
-    assert f"go on with --resume --run_name={name}" in capsys.readouterr().err
+    assert f"continue with --resume --run_name={name}" in capsys.readouterr().err
     monkeypatch.undo()
     assert call("--resume", out_dir, f"--run_name={name}") == 0
     for file in ("table.csv", "runs.csv"):

@@ -330,7 +330,7 @@ def test_a_full_disk_is_an_error_the_last_checkpoint_is_intact_and_the_run_goes_
         assert faults.last_state(folder.path)[0] == done + 1
         assert f"checkpoint {done + 1} is whole, but the digests" in error
         assert "No space left on device" in error
-    assert "go on with --resume --run_name=full" in error
+    assert "continue with --resume --run_name=full" in error
     assert "Traceback" not in full.printed()
     resize("20m")
     resumed = Program(place, f"--out_dir={disk}", "--run_name=full", "--resume")
@@ -344,7 +344,7 @@ def test_a_full_disk_is_an_error_the_last_checkpoint_is_intact_and_the_run_goes_
 def test_a_file_that_may_not_grow_is_an_error_and_the_run_goes_on(place):
     limited = Program(place, *SETTINGS, "--epochs=60", "--run_name=limited", limit=10_000)
     assert limited.wait() == 1, limited.printed()
-    assert "File too large. When there is room again, go on with --resume" in limited.printed()
+    assert "File too large. When there is room again, continue with --resume" in limited.printed()
     assert "Traceback" not in limited.printed()
     path = place / "runs" / "limited"
     assert 5 < faults.num_lines(runs.RunFolder(path)) < 60

@@ -414,7 +414,7 @@ def test_an_interrupted_run_leaves_the_rows_it_has_found_and_says_where(
 
     assert _tabled.record(folder, [], 3, find, can_resume=can_resume) == 130
     printed = capsys.readouterr()
-    how = ": go on with --resume --run_name=mine" if can_resume else ""
+    how = ": continue with --resume --run_name=mine" if can_resume else ""
     assert printed.err == f"error: interrupted; the rows found so far are kept{how}\n"
     assert printed.out.endswith(f"run folder: {folder.path}\n")
     assert table(folder.path / "table.csv") == [

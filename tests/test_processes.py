@@ -284,7 +284,7 @@ def test_what_differs_between_processes_is_named_with_values_and_processes():
 
 def test_processes_need_the_same_number_of_devices():
     processes._check_device_counts({0: 2, 1: 2})
-    with pytest.raises(ValueError, match="devices is 2 in process 0 and 1 in process 1. Give each"):
+    with pytest.raises(ValueError, match="is 2 in process 0 and 1 in process 1"):
         processes._check_device_counts({1: 1, 0: 2})
 
 

@@ -20,7 +20,7 @@ from test_data import idx_bytes, shrink, write_files
 import sgd_jax as sj
 from sgd_jax import data
 from sgd_jax.data import folder as folders
-from sgd_jax.data import index_shuffle, read_ahead, shuffling
+from sgd_jax.data import index_shuffle, mapped, read_ahead, shuffling
 
 N = 23  # training examples: no multiple of a batch size or of a shard
 CUTS = (0, 9, 10, N)  # of the shards
@@ -297,13 +297,73 @@ def test_where_one_of_those_tried_is_missing_or_the_system_does_not_say_all_are_
 def test_rows_read_ahead_are_those_asked_for(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(read_ahead, "_is_any_missing", lambda file, starts: True)
     monkeypatch.setattr(read_ahead, "_ROWS_AHEAD", 7)
-    mapped, _ = map_rows(tmp_path / "x.npy", n=90, size=30)
-    rows = data.Rows([mapped[:40], mapped[40:50], mapped[55:]], dtype)
-    expected = np.concatenate([mapped[:50], mapped[55:]])
+    stored, _ = map_rows(tmp_path / "x.npy", n=90, size=30)
+    rows = data.Rows([stored[:40], stored[40:50], stored[55:]], dtype)
+    expected = np.concatenate([stored[:50], stored[55:]])
     indices = np.sort(np.random.default_rng(0).integers(0, 85, 60))
     np.testing.assert_array_equal(rows.take(indices), expected[indices])
     (tmp_path / "x.npy").unlink()  # still mapped
     np.testing.assert_array_equal(rows.take(indices), expected[indices])
+
+
+# --- Files that change while they are read -------------------------------------------------------
+
+
+def append(path):
+    with open(path, "ab") as file:
+        file.write(b"more")
+
+
+CHANGES = {
+    "shrinks": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "is emptied": lambda path: os.truncate(path, 0),
+    "grows": append,
+    "is written to": lambda path: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1)),
+}
+READS = {
+    "take": lambda rows: rows.take(np.arange(0, len(rows), 7)),
+    "all": np.asarray,
+    "a slice": lambda rows: np.asarray(rows[len(rows) - 3 :]),
+    "blocks": lambda rows: list(rows.blocks()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_file_that_changes_ends_in_an_error_that_names_both_sizes(tmp_path, change, read, dtype):
+    path = tmp_path / "x.npy"
+    map_rows(path, n=200)
+    before = path.stat().st_size
+    rows = data.Rows(data.open_rows([path]).parts, dtype)
+    READS[read](rows)
+    CHANGES[change](path)
+    sizes = f"expected {before:,} bytes .*, found {path.stat().st_size:,} bytes"
+    with pytest.raises(data.ChangedFileError, match=rf"x\.npy has changed .*{sizes}"):
+        READS[read](rows)
+
+
+def test_a_file_that_is_deleted_or_replaced_is_read_to_its_end(tmp_path):
+    path = tmp_path / "x.npy"
+    map_rows(path, n=20)
+    rows = data.open_rows([path])
+    expected = np.asarray(rows)
+    np.save(tmp_path / "other.npy", np.zeros(3))
+    os.replace(tmp_path / "other.npy", path)
+    np.testing.assert_array_equal(rows, expected)
+    path.unlink()
+    np.testing.assert_array_equal(rows.take(np.arange(20)), expected)
+
+
+def test_a_system_that_does_not_copy_memory_checks_the_file_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(mapped, "_find_reader", lambda: None)
+    path = tmp_path / "x.npy"
+    map_rows(path, n=20)
+    rows = data.open_rows([path])
+    np.testing.assert_array_equal(rows.take(np.arange(20)), np.load(path))
+    os.truncate(path, 100)
+    with pytest.raises(data.ChangedFileError, match="found 100 bytes"):
+        rows.take(np.arange(20))
 
 
 def test_idx_shards_do_as_well(tmp_path):

@@ -2,6 +2,7 @@
 
 from sgd_jax.data.examples import Dataset, Examples
 from sgd_jax.data.idx import read_idx
+from sgd_jax.data.mapped import ChangedFileError
 from sgd_jax.data.rows import Rows, blocks, open_rows, read_examples
 from sgd_jax.data.shuffling import index_shuffle
 from sgd_jax.data.sources import NAMES, load, open_dataset
@@ -10,6 +11,7 @@ from sgd_jax.data.streams import Blocks, Chunk, ShuffledChunks, import_grain, pr
 __all__ = [
     "NAMES",
     "Blocks",
+    "ChangedFileError",
     "Chunk",
     "Dataset",
     "Examples",

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sgd_jax.data.mapped import find_file
+
 _ROWS_AHEAD = 2048
 """How many rows are asked for together: enough for a disk, and few to keep in memory unused."""
 
@@ -55,13 +57,11 @@ def blocks_read_ahead(rows: np.ndarray, indices: np.ndarray) -> Iterator[slice]:
 
 def _open_file(rows: np.ndarray) -> tuple[int, int] | None:
     """Returns the file that an array is mapped from, opened, and where in it the array begins."""
-    mapped = rows
-    while isinstance(mapped, np.ndarray) and not isinstance(mapped.base, mmap.mmap):
-        mapped = mapped.base
-    if not isinstance(mapped, np.memmap) or not mapped.filename or not rows.flags.c_contiguous:
+    mapped = find_file(rows)
+    if mapped is None:
         return None
     try:
-        file = os.open(mapped.filename, os.O_RDONLY)
+        file = os.open(str(mapped.filename), os.O_RDONLY)
     except OSError:  # it has been moved since, and is still mapped
         return None
     return file, mapped.offset + rows.ctypes.data - mapped.ctypes.data

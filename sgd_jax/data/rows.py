@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 
 from sgd_jax.data.examples import Examples
 from sgd_jax.data.idx import read_idx_header
+from sgd_jax.data.mapped import copy_all, copy_rows, map_file
 from sgd_jax.data.npy import read_npy_header
 from sgd_jax.data.read_ahead import blocks_read_ahead
 
@@ -22,7 +23,7 @@ class Rows:
     """n rows of one shape and dtype, in one or more files, that stands in for an array.
 
     Made by `open_rows`. A slice is again `Rows` and reads nothing. The files must not change while
-    they are in use: what is mapped from a file that has been cut short since ends the process.
+    they are in use: reading from one that has raises `ChangedFileError`.
 
     Args:
       parts: Arrays, mapped or not, with rows of one shape.
@@ -59,7 +60,7 @@ class Rows:
             raise ValueError("rows are on the disk: reading them makes a copy")
         array = _empty(self.shape, np.dtype(dtype or self.dtype))
         for part, first in zip(self.parts, self._starts, strict=False):
-            array[first : first + len(part)] = part
+            copy_all(part, array[first : first + len(part)])
         return array
 
     def take(self, indices: np.ndarray) -> np.ndarray:
@@ -71,6 +72,7 @@ class Rows:
         Raises:
           ValueError: They do not ascend.
           IndexError: One is outside of [0, n).
+          ChangedFileError: A file has changed since it was opened.
         """
         if np.any(indices[1:] < indices[:-1]):
             raise ValueError("indices must ascend; sort them, and put the rows in order after")
@@ -81,10 +83,7 @@ class Rows:
         for part, first, a, b in zip(self.parts, self._starts, cuts[:-1], cuts[1:], strict=False):
             of_part, taken = indices[a:b] - first, rows[a:b]
             for block in blocks_read_ahead(part, of_part):
-                if part.dtype == self.dtype:  # into place: no second copy, and no lock on Python
-                    np.take(part, of_part[block], axis=0, out=taken[block], mode="clip")
-                else:
-                    taken[block] = part[of_part[block]]
+                copy_rows(part, of_part[block], taken[block])
         return rows
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -161,7 +160,8 @@ def _map_file(path: Path) -> np.ndarray:
         file.seek(0)
         if magic == b"\x1f\x8b":
             raise ValueError(
-                f"{path} is gzipped; expected a file that can be mapped. Unpack it: gunzip {path}"
+                f"{path} is gzipped; expected a file that can be mapped. Unpack it, keeping the "
+                f"original: gunzip -k {path}"
             )
         if magic == b"\0\0":
             shape, dtype = read_idx_header(file, path)
@@ -172,7 +172,7 @@ def _map_file(path: Path) -> np.ndarray:
         raise _damaged(
             path, f"has {num_bytes - offset} bytes of values", f"those of {dtype} of shape {shape}"
         )
-    return np.memmap(path, dtype, "r", offset, shape)
+    return map_file(path, dtype, shape, offset)
 
 
 def _read_header(path: Path, file: Any) -> tuple[tuple[int, ...], np.dtype]:
