@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def _describe(stat: os.stat_result) -> str:
 def map_file(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> MappedFile:
     """Returns the array that begins at an offset in a file, mapped for reading."""
     opened = path.stat()
-    array = MappedFile(path, dtype, "r", offset, shape)
+    array: Any = MappedFile(path, dtype, "r", offset, shape)
     array.opened = opened
     return array
 
