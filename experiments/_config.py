@@ -16,6 +16,7 @@ NUM_HIDDEN = 30
 SMOKE_EPOCHS = 2
 _SMOKE_EXAMPLES = 200
 ADAPTIVE_RULES = ("norm_test", "cabs")
+NOISE_SPLITS = ("train", "validation", "both")
 DTYPES = ("float32", "float64")
 
 
@@ -43,6 +44,7 @@ class Config:
     dtype: str = "float32"
     track_noise: bool = False
     noise_examples: int = 1000
+    noise_split: str = "train"
     smoke: bool = False
 
     def __post_init__(self):
@@ -68,6 +70,11 @@ class Config:
             ("num_seeds", self.num_seeds >= 1, "a whole number of at least 1"),
             ("seed", 0 <= self.seed <= 2**32 - self.num_seeds, "seeds from 0 to 2³² − 1"),
             ("noise_examples", self.noise_examples >= 3, "a whole number of at least 3"),
+            (
+                "noise_split",
+                self.noise_split in NOISE_SPLITS,
+                f"one of {', '.join(NOISE_SPLITS)}",
+            ),
             ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
         )
         if self.adaptive and self.num_seeds > 1:
@@ -183,11 +190,18 @@ def resolve(config: Config, dataset: data.Dataset) -> Config:
         data.ShuffledChunks(
             dataset.train, config.batch_size, orders, chunk_bytes=config.chunk_bytes
         )
-    if (config.track_noise or config.adaptive) and config.stream and config.noise_examples >= n:
-        raise ValueError(
-            f"noise_examples is {config.noise_examples}; expected fewer than the {n} training "
-            "examples with stream, which are not all read at once"
-        )
+    if config.stream and (config.track_noise or config.adaptive):
+        for split in ("train", "validation"):
+            num_examples = len(getattr(dataset, split).labels)
+            is_measured = config.noise_split in (split, "both") or (
+                config.adaptive and split == "train"
+            )
+            if is_measured and config.noise_examples >= num_examples:
+                raise ValueError(
+                    f"noise_examples is {config.noise_examples}; expected fewer than the "
+                    f"{num_examples} {split}{'ing' if split == 'train' else ''} examples with "
+                    "stream, which are not all read at once"
+                )
     for part in (dataset.train, dataset.validation, dataset.test):
         if largest_input(part.inputs, config.dtype) > float(np.finfo(config.dtype).max):
             raise ValueError(

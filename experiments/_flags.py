@@ -8,7 +8,7 @@ from absl import flags
 
 from experiments import _classifier, _processes
 from experiments._cli import HelpGroups
-from experiments._config import DTYPES, NUM_HIDDEN, SMOKE_EPOCHS, Config
+from experiments._config import DTYPES, NOISE_SPLITS, NUM_HIDDEN, SMOKE_EPOCHS, Config
 from experiments._recorded import Output
 from sgd_jax import data
 from sgd_jax.networks import InitScheme
@@ -97,13 +97,22 @@ GROUPS: HelpGroups = {
         flags.DEFINE_boolean(
             "track_noise",
             Config.track_noise,
-            "After each epoch measure the noise scale tr Σ/‖G‖² by gradients of single examples.",
+            "After each epoch measure the noise scale tr Σ/‖∇C‖² by gradients of single examples.",
         ),
         flags.DEFINE_integer(
             "noise_examples",
             Config.noise_examples,
-            "Training examples that it is measured on, drawn anew each time; the estimates are "
-            "unbiased, their interval is of 95 %.",
+            "Examples that it is measured on, drawn anew each time. All training examples, or "
+            "more, give the noise scale of training exactly; fewer an unbiased estimate with a "
+            "95 % interval.",
+        ),
+        flags.DEFINE_enum(
+            "noise_split",
+            Config.noise_split,
+            NOISE_SPLITS,
+            "train: the noise scale of the cost that is minimized, that of the training examples. "
+            "validation: that of the population, from examples that nothing was fitted to; the two "
+            "part as a network overfits. both: both.",
         ),
     ),
     "Seeds": (

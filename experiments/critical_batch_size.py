@@ -209,7 +209,7 @@ def _measure_noise(problem: Problem, row: _tabled.Row) -> list[_tabled.Row]:
         moments = sj.gradient_moments(
             problem.fun, state.params, problem.examples, chunk_size=_CHUNK_SIZE
         )
-        scale = sj.noise_scale(moments)
+        scale = sj.noise_scale(moments, of="these_examples")
         accuracy = problem.measure(jax.tree.map(lambda leaf: leaf[None, None], state.params))
         rows.append(
             {

@@ -70,7 +70,7 @@ def run(
     `_classifier.make_programs` measures of the network at that moment and, with ``track_noise``,
     `_noise.make_measurement`, `seconds` of training in the epoch, without compiling, measuring and
     saving, and `examples_per_second`, of all seeds together (None at epoch 0). With ``adaptive`` it
-    also holds `batch_size`, that of the epoch; `_noise.grow_batch_size` makes the next from the
+    also holds `batch_size`, that of the epoch; `_noise.next_batch_size` makes the next from the
     record. For several seeds what is measured is a list in their order.
 
     Args:
@@ -124,6 +124,7 @@ def run(
             seeds=seeds,
             dtype=np.dtype(config.dtype),
             num_examples=config.noise_examples,
+            split="train" if config.adaptive else config.noise_split,
             mesh=mesh,
         )
 
@@ -134,6 +135,9 @@ def run(
             measured |= measure_noise(state.params, epoch)
         if config.adaptive:
             measured["batch_size"] = batch_size
+            measured["wanted_batch_size"] = _noise.wanted_batch_size(
+                config, measured, done.record if done else None, n
+            )
         speed = len(seeds) * n / seconds if epoch else None
         records.append(
             {"epoch": epoch, **measured, "seconds": seconds, "examples_per_second": speed}
@@ -148,7 +152,7 @@ def run(
         done = Progress(state, records[-1])
     for epoch in range(done.record["epoch"] + 1, config.epochs + 1):
         if config.adaptive:
-            batch_size = _noise.grow_batch_size(config, done.record, n)
+            batch_size = _noise.next_batch_size(config, done.record, n)
         run_epoch = programs.make_epoch(batch_size)
         for part, seconds in _clocked(run_epoch(done.state, epoch, done.num_parts), done.seconds):
             done = Progress(part.state, done.record, done.num_parts + 1, seconds)

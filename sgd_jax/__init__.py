@@ -39,6 +39,7 @@ from sgd_jax.noise_scale import (
     NoiseScale,
     curvature_noise_scale,
     noise_scale,
+    noise_scale_of_steps,
     two_batch_noise_parts,
 )
 from sgd_jax.noise_tracking import (
@@ -112,6 +113,7 @@ __all__ = [
     "noise_of_parts",
     "noise_of_shards",
     "noise_scale",
+    "noise_scale_of_steps",
     "norm_test",
     "norm_test_batch_size",
     "optimal_probabilities",

@@ -1,16 +1,18 @@
 """The gradient noise scale: how large a mini-batch must be before noise stops dominating."""
 
+import dataclasses
 import functools
 import math
-from typing import NamedTuple
+import warnings
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax.scipy.special import ndtri
+import numpy as np
 from jax.sharding import Mesh
 
-from sgd_jax import _validate, sharding
+from sgd_jax import _intervals, _validate, sharding
 from sgd_jax._chunks import chunks, vary_like
 from sgd_jax._typing import Array, CostFn, Examples, Params, PyTree
 from sgd_jax.moment_streams import gradient_moments
@@ -19,7 +21,7 @@ from sgd_jax.per_example import per_example_grad
 
 
 class NoiseParts(NamedTuple):
-    """Unbiased estimates of tr Σ and ‖G‖². Average many of each apart, then take ``ratio``."""
+    """tr Σ and ‖∇C‖², or estimates of them. Average many of each apart, then take ``ratio``."""
 
     trace: Array
     """Of tr Σ, the variance of one example's gradient."""
@@ -31,88 +33,149 @@ class NoiseParts(NamedTuple):
         return jnp.where(self.squared_norm > 0, self.trace / self.squared_norm, jnp.nan)
 
 
-class NoiseScale(NamedTuple):
-    """B_simple = tr Σ/‖G‖², in examples, with an interval; NaN and True where undetermined."""
+Of = Literal["these_examples", "subset", "population"]
+"""The question that a noise scale answers: see `noise_scale`."""
+
+_FEW = 10
+"""With fewer effective examples than this, tr Σ is known to 30 % at best: a warning."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoiseScale:
+    """B_simple = tr Σ/‖∇C‖², in examples, with an interval; made by `noise_scale`.
+
+    The last fields are for the reader: ``repr`` says in one line what B is, and of what.
+    """
 
     value: Array
-    """The ratio of the unbiased parts; NaN where undetermined."""
+    """B, the ratio of the parts; NaN if undetermined."""
     low: Array
-    """Lower end of the interval; it stands also where ``value`` is undetermined.
-
-    Infinite where even the upper end of ‖G‖² is below 0.
-    """
+    """Lower end of the interval; it stands also if ``value`` is undetermined."""
     high: Array
-    """Upper end of the interval; infinite where undetermined."""
+    """Upper end of the interval; infinite if undetermined, or if tr Σ has no upper end."""
     undetermined: Array
-    """Whether ‖G‖² cannot be told from zero at this confidence."""
+    """Whether ‖∇C‖² cannot be told from zero at this confidence."""
     parts: NoiseParts
-    """The unbiased estimates of tr Σ and ‖G‖²."""
+    """tr Σ and ‖∇C‖²."""
     per_leaf: PyTree
-    """`NoiseParts` of each leaf: tr Σ and ‖G‖² of its coordinates; its B is ``ratio()``."""
+    """`NoiseParts` of each leaf: tr Σ and ‖∇C‖² of its coordinates; its B is ``ratio()``."""
+    count: Array
+    """n, the examples measured; the steps, of `noise_scale_of_steps`."""
+    effective_count: Array
+    """(Σ s_i)²/Σ s_i² with s_i = ‖g_i − ∇C‖², from 1 to n: how many examples tr Σ rests on.
+
+    NaN if the moments lack ``squared_norms`` or ``alignments``.
+    """
+    of: Of | Literal["steps"] = dataclasses.field(metadata={"static": True})
+    """The question answered."""
+    population: int | None = dataclasses.field(default=None, metadata={"static": True})
+    """N, for a subset."""
+
+    def __repr__(self) -> str:
+        is_number = isinstance(self.value, jax.Array | np.ndarray | np.generic)
+        if not is_number or isinstance(self.value, jax.core.Tracer) or self.value.ndim:
+            return f"NoiseScale(of={self.of!r}, value={self.value!r})"
+        return _sentence(self)
 
 
 def noise_scale(
-    moments: GradientMoments, *, confidence: float = 0.95, population: int | None = None
+    moments: GradientMoments,
+    *,
+    of: Of,
+    population: int | None = None,
+    confidence: float = 0.95,
 ) -> NoiseScale:
-    """Returns the simple noise scale B_simple = tr Σ/‖G‖², with a confidence interval.
+    """Returns the simple noise scale B = tr Σ/‖∇C‖² of these examples, or of what they stand for.
 
-    The n examples of ``moments`` are taken for a random sample, and Σ and G are those of what it
-    was drawn from. With Ĝ the mean of the sample and s² = 1/(n − 1) Σ‖g_i − Ĝ‖² the unbiased parts
-    are tr Σ ≈ s² and ‖G‖² ≈ ‖Ĝ‖² − s²/n. Drawn without replacement from ``population`` = N, they
-    are (N − 1)/N s² and ‖Ĝ‖² − (1 − n/N) s²/n; with N = n nothing is estimated, the interval is a
-    point and B = tr Σ/‖G‖² of these very examples.
+    Which B is asked for has no default, because the answers differ. With g̅ the mean of the n
+    gradients, s² = 1/(n − 1) Σ‖g_i − g̅‖²::
+
+        of                 tr Σ              ‖∇C‖²                       interval
+        "these_examples"   (n − 1)/n s²      ‖g̅‖²                        none: exact
+        "subset"           (N − 1)/N s²      ‖g̅‖² − (1 − n/N) s²/n       for B of all N examples
+        "population"       s²                ‖g̅‖² − s²/n                 for B of the distribution
+
+    - ``"these_examples"``: the n examples are the cost that is minimized. Nothing is estimated.
+      This is the B of training if the moments are of all training examples.
+    - ``"subset"``: the n were drawn without replacement from ``population`` = N examples, and B is
+      that of all N. Unbiased parts, whatever params are.
+    - ``"population"``: the n are independent draws from a distribution, and **params were not
+      fitted to them**: held-out examples, or any examples before training. Of examples that params
+      were fitted to it is wrong: ‖g̅‖² is small because of the fit, and subtracting s²/n makes it
+      smaller; on a linear model with n = 1,000 and p = 50 such an interval held the B of the
+      distribution in 3 % of data sets after five steps of gradient descent, and in none after ten.
 
     The interval is Fieller's for a ratio, from the jackknife covariance of the two parts over
-    examples. It needs moments with ``squared_norms`` and ``alignments``; without them ``low`` and
-    ``high`` are NaN. ``undetermined`` is True where ‖G‖² is not significantly above 0: z standard
-    errors, or, without an interval, an estimate ≤ 0. The set of values that the data
-    allow is then unbounded: ``value`` is NaN, ``high`` infinite, and ``low`` still a bound. Nothing
-    is clamped. In that regime the jackknife overstates the variance: the interval is cautious.
+    examples, with two ends widened: tr Σ upward by the profile likelihood of a generalized Pareto
+      tail
+    of the s_i = ‖g_i − g̅‖², and ‖∇C‖² upward to (√‖∇C‖²_est + z √(variance along g̅/n))², since
+    ‖∇C‖² ≥ 0 is known. It needs moments with ``squared_norms`` and ``alignments``; without them
+    ``low`` and ``high`` are NaN, and repr says so. ``undetermined`` is True if ‖∇C‖² is not
+    significantly above 0: z standard errors, or, without an interval, an estimate ≤ 0. Then
+      ``value``
+    is NaN, ``high`` infinite, and ``low`` still a bound. Nothing is clamped.
+
+    Coverage of a nominal 95 %, measured (n = 50, 500, 5,000; p = 1, 5, 100; B = 0.5 to 5,000; 400
+    data sets each): at least 92 % of Gaussian gradients, 90 % of Student's t with 3 degrees of
+    freedom, 97 % of lognormal norms (σ = 1.5), for whose tails ``high`` is mostly infinite. A
+    gradient ten times as long in one of a hundred examples: at least 92 % from n = 500 on, 42 %
+    with n = 50, because two out of five such samples hold none of them and no method sees what is
+    not there. A concrete result that rests on fewer than ten examples, ``effective_count``, gives a
+    warning. Values that are shown only if determined are biased low by a factor of 2 to 5 next to
+    the undetermined: show the intervals.
 
     For an interval of one layer, take the moments in that layer's parameters alone.
 
     Args:
-      moments: of n ≥ 2 examples, n ≥ 3 for an interval; not of strata.
+      moments: of n ≥ 1 examples for "these_examples", otherwise n ≥ 2, n ≥ 3 for an interval; not
+        of strata.
+      of: "these_examples", "subset" or "population".
+      population: N ≥ n, for "subset" only.
       confidence: of the two-sided interval, in (0, 1).
-      population: N ≥ n; None is a population without bound.
 
     Raises:
-      ValueError: confidence outside (0, 1), moments of strata, or, where concrete, too few examples
-        or population < n.
+      ValueError: an unknown ``of``; population missing for "subset", given for another, or below n;
+        confidence outside (0, 1); moments of strata; concrete moments of too few examples.
       TypeError: population is not a whole number.
 
     >>> import jax.numpy as jnp
     >>> x = jnp.array([3.0, 4.0, 5.0, 4.0])  # mean 4, s² = 2/3
     >>> m = gradient_moments(lambda w, x: w * x, jnp.array(0.0), x)
-    >>> round(float(noise_scale(m).value * (16 - 2 / 12)), 4)
+    >>> noise_scale(m, of="these_examples")  # ½/16
+    B = 0.0312 of these 4 examples, exact
+    >>> round(float(noise_scale(m, of="population").value * (16 - 2 / 12)), 4)
     0.6667
 
-    Source: McCandlish, Kaplan and Amodei 2018 (arXiv 1812.06162); Fieller 1954; Efron and Stein
-    1981 for the jackknife's caution.
+    Source: McCandlish, Kaplan and Amodei 2018 (arXiv 1812.06162); Fieller 1954; Davison and Smith
+      1990
+    for the tail.
     """
-    _validate.finite_float("confidence", confidence, low=0, low_allowed=False, high=1)
-    if moments.count.ndim:
-        raise ValueError("noise_scale takes moments of one set; of strata take moments.pooled()")
-    norms, alignments = moments.squared_norms, moments.alignments
-    has_interval = norms is not None and alignments is not None
-    if not isinstance(moments.count, jax.core.Tracer):
-        n, least = int(moments.count), 3 if has_interval else 2
-        if n < least:
-            raise ValueError(f"noise_scale needs at least {least} examples, got n = {n}")
-        if population is not None and _validate.positive_int("population", population) < n:
-            raise ValueError(f"population must be at least n, got {population} < n = {n}")
+    population = _checked_question(moments, of, population, confidence)
     count = moments.count.astype(moments.trace.dtype)
+    norms, alignments = moments.squared_norms, moments.alignments
+    effective = jnp.full_like(moments.trace, jnp.nan)
+    if of == "these_examples":
+        parts = NoiseParts(moments.trace, moments.squared_norm)
+        per_leaf = jax.tree.map(NoiseParts, moments.trace_per_leaf, moments.squared_norm_per_leaf)
+        value = parts.trace / parts.squared_norm  # infinite at a stationary point
+        exact = jnp.zeros_like(value, bool)
+        return NoiseScale(value, value, value, exact, parts, per_leaf, moments.count, effective, of)
     parts_of = functools.partial(_unbiased, count, population)
     parts = parts_of(moments.trace, moments.squared_norm)
     per_leaf = jax.tree.map(parts_of, moments.trace_per_leaf, moments.squared_norm_per_leaf)
+    low = high = jnp.full_like(parts.trace, jnp.nan)
+    undetermined = ~(parts.squared_norm > 0)
     if norms is not None and alignments is not None:
-        covariance = _jackknife(norms, alignments, moments.squared_norm, population)
-        low, high, undetermined = _fieller(parts, covariance, confidence)
-    else:
-        low = high = jnp.full_like(parts.trace, jnp.nan)
-        undetermined = ~(parts.squared_norm > 0)
+        distances = norms - 2 * alignments + moments.squared_norm
+        effective = jnp.square(jnp.sum(distances)) / jnp.sum(jnp.square(distances))
+        low, high, undetermined = _interval(moments, parts, distances, population, confidence)
     value = jnp.where(undetermined, jnp.nan, parts.trace / parts.squared_norm)
-    return NoiseScale(value, low, high, undetermined, parts, per_leaf)
+    scale = NoiseScale(
+        *(value, low, high, undetermined, parts, per_leaf, moments.count, effective, of, population)
+    )
+    _warn_of_few(scale)
+    return scale
 
 
 def two_batch_noise_parts(
@@ -164,6 +227,70 @@ def two_batch_noise_parts(
         trace = trace * ((n - 1) / n)
         squared_norm = squared_norm + trace / (n - 1)
     return NoiseParts(jnp.asarray(trace), jnp.asarray(squared_norm))
+
+
+def noise_scale_of_steps(
+    parts: NoiseParts, *, num_blocks: int = 20, confidence: float = 0.95
+) -> NoiseScale:
+    """Returns B = mean tr Σ/mean ‖∇C‖² over steps, with an interval from blocks of steps.
+
+    The T steps are split into K consecutive blocks of T // K steps, the first T mod K left out of
+    the interval. The K pairs of block means are treated as independent draws: Fieller's interval
+    with their covariance and Student's t with K − 1 degrees of freedom. Blocks that are long
+    against the correlation of steps make it hold; a drift of B along training counts as spread.
+
+    Args:
+      parts: of every step in order, shapes (T,): `two_batch_noise_parts` of arrays, or those of
+        `noise_of_examples` or `noise_of_parts`, stacked.
+      num_blocks: K, from 3 to T.
+      confidence: of the two-sided interval, in (0, 1).
+
+    Returns:
+      `NoiseScale` with ``of="steps"``; ``count`` is T. ``value`` is NaN and ``high`` infinite if
+      the mean of ‖∇C‖² cannot be told from zero.
+
+    Raises:
+      ValueError: parts that are not vectors of one length; num_blocks out of range; confidence
+        outside (0, 1).
+      TypeError: num_blocks is not a whole number.
+
+    >>> import jax.numpy as jnp
+    >>> parts = NoiseParts(jnp.array([3.0, 5.0, 4.0, 4.0]), jnp.array([2.0, 2.5, 1.5, 2.0]))
+    >>> noise_scale_of_steps(parts, num_blocks=4)
+    B = 2 (1.42 to 2.81) examples over 4 steps
+    """
+    trace, squared_norm = (jnp.asarray(part) for part in (parts.trace, parts.squared_norm))
+    if trace.ndim != 1 or trace.shape != squared_norm.shape:
+        raise ValueError(
+            f"parts have shapes {trace.shape} and {squared_norm.shape}: expected (T,) for both, "
+            "one entry for each step"
+        )
+    _validate.finite_float("confidence", confidence, low=0, low_allowed=False, high=1)
+    steps, blocks = trace.shape[0], _validate.positive_int("num_blocks", num_blocks)
+    if not 3 <= blocks <= steps:
+        raise ValueError(f"num_blocks={blocks}: expected 3 to {steps}, the number of steps")
+    pairs = jnp.stack([trace, squared_norm])
+    of_blocks = pairs[:, steps % blocks :].reshape(2, blocks, -1).mean(axis=2)  # (2, blocks)
+    deviations = of_blocks - jnp.mean(of_blocks, axis=1, keepdims=True)
+    covariance = deviations @ deviations.T / (blocks * (blocks - 1))
+    spread = _intervals.Spread(covariance[0, 0], covariance[0, 1], covariance[1, 1])
+    mean = NoiseParts(jnp.mean(trace), jnp.mean(squared_norm))
+    return scale_of_means(mean, spread, jnp.asarray(steps), jnp.asarray(blocks), confidence)
+
+
+def scale_of_means(
+    mean: NoiseParts,
+    spread: _intervals.Spread,
+    steps: Array,
+    blocks: Array,
+    confidence: float,
+) -> NoiseScale:
+    """Returns the `NoiseScale` of means over steps whose covariance comes from so many blocks."""
+    quantile = _intervals.student_quantile(confidence, blocks - 1)
+    low, high, determined = _intervals.fieller(*mean, spread, quantile)
+    value = jnp.where(determined, mean.trace / mean.squared_norm, jnp.nan)
+    nothing = jnp.full_like(value, jnp.nan)
+    return NoiseScale(value, low, high, ~determined, mean, None, steps, nothing, "steps")
 
 
 class CurvatureNoiseScale(NamedTuple):
@@ -254,47 +381,128 @@ def _unbiased(
     )
 
 
-def _jackknife(
-    norms: Array, alignments: Array, squared_norm: Array, population: int | None
-) -> tuple[Array, Array, Array]:
-    """Variance of s², covariance, and variance of ‖Ĝ‖² − s²/n, by leaving each example out.
+def _checked_question(
+    moments: GradientMoments, of: Of, population: int | None, confidence: float
+) -> int | None:
+    """Raises what `noise_scale` says; returns N."""
+    if of not in get_args(Of):
+        raise ValueError(
+            f"of={of!r}: expected 'these_examples' (exact), 'subset' (with population=N) or "
+            "'population' (examples that params were not fitted to)"
+        )
+    _validate.finite_float("confidence", confidence, low=0, low_allowed=False, high=1)
+    if moments.count.ndim:
+        raise ValueError("noise_scale takes moments of one set; of strata take moments.pooled()")
+    if (population is None) == (of == "subset"):
+        raise ValueError(
+            f"population={population} with of={of!r}: expected the number N of all examples with "
+            "of='subset', and only there"
+        )
+    if population is not None:
+        population = _validate.positive_int("population", population)
+    if isinstance(moments.count, jax.core.Tracer):
+        return population
+    n = int(moments.count)
+    has_interval = moments.squared_norms is not None and moments.alignments is not None
+    least = 1 if of == "these_examples" else 3 if has_interval else 2
+    if n < least:
+        raise ValueError(f"noise_scale of={of!r} needs at least {least} examples, got n = {n}")
+    if population is not None and population < n:
+        raise ValueError(f"population must be at least n, got {population} < n = {n}")
+    return population
 
-    With e_i = ‖g_i − Ĝ‖² and c_i = ⟨g_i − Ĝ, Ĝ⟩, leaving i out moves s² by n(ē − e_i)/((n−1)(n−2))
-    and ‖Ĝ‖² by −2c_i/(n−1) + e_i/(n−1)²: differences, so that nothing cancels.
+
+def _interval(
+    moments: GradientMoments,
+    parts: NoiseParts,
+    distances: Array,
+    population: int | None,
+    confidence: float,
+) -> tuple[Array, Array, Array]:
+    """The ends of the interval, and whether ‖∇C‖² cannot be told from zero."""
+    n, squared_norm = distances.shape[0], moments.squared_norm
+    assert moments.alignments is not None
+    along = moments.alignments - squared_norm  # ⟨g_i − g̅, g̅⟩
+    z = _intervals.normal_quantile(confidence)
+    absent = 1.0 if population is None else 1 - n / population
+    spread = _jackknife(distances, along, absent)
+    trace_above = _intervals.upper_end_of_mean(distances, confidence)
+    if absent < 1:
+        trace_above = trace_above * math.sqrt(absent) if absent else jnp.zeros_like(trace_above)
+    sigma = jnp.sqrt(absent * jnp.mean(jnp.square(along)) / (n * squared_norm))
+    root = jnp.sqrt(jnp.maximum(parts.squared_norm, 0))
+    norm_above = jnp.square(root + z * jnp.where(squared_norm > 0, sigma, 0)) - parts.squared_norm
+    low, high, determined = _intervals.asymmetric_ratio(
+        parts.trace, parts.squared_norm, spread, z, trace_above, norm_above
+    )
+    return low, high, ~determined
+
+
+def _jackknife(e: Array, c: Array, absent: float) -> _intervals.Spread:
+    """Variance of s², covariance, and variance of ‖g̅‖² − s²/n, by leaving each example out.
+
+    With e_i = ‖g_i − g̅‖² and c_i = ⟨g_i − g̅, g̅⟩, leaving i out moves s² by n(ē −
+    e_i)/((n−1)(n−2)) and ‖g̅‖² by −2c_i/(n−1) + e_i/(n−1)²: differences, so that nothing cancels.
+    All are multiplied by ``absent``, 1 − n/N.
     """
-    n = norms.shape[0]
-    e, c = norms - 2 * alignments + squared_norm, alignments - squared_norm
+    n = e.shape[0]
     mean_e = jnp.mean(e)
     shift_of_s2 = (mean_e - e) * (n / ((n - 1) * (n - 2)))
     s2 = mean_e * (n / (n - 1))
     shift_of_norm = -2 * c / (n - 1) + e / float(n - 1) ** 2  # 50,000² is beyond int32
     shift_of_norm -= (s2 + shift_of_s2) / (n - 1) - s2 / n
-    scale = (n - 1) / n * (1 if population is None else 1 - n / population)
+    scale = (n - 1) / n * absent
 
     def covariance(x: Array, y: Array) -> Array:
         return scale * jnp.vdot(x - jnp.mean(x), y - jnp.mean(y))
 
-    return (
+    return _intervals.Spread(
         covariance(shift_of_s2, shift_of_s2),
         covariance(shift_of_s2, shift_of_norm),
         covariance(shift_of_norm, shift_of_norm),
     )
 
 
-def _fieller(
-    parts: NoiseParts, covariance: tuple[Array, Array, Array], confidence: float
-) -> tuple[Array, Array, Array]:
-    """The B with (S − B U)² ≤ z² Var(S − B U): its ends, and whether it is unbounded."""
-    S, U = parts
-    z2 = jnp.square(ndtri((1 + confidence) / 2))
-    var_S, cov, var_U = (z2 * v for v in covariance)
-    a, b, c = U**2 - var_U, S * U - cov, S**2 - var_S
-    root = jnp.sqrt(jnp.maximum(b**2 - a * c, 0))  # below 0 only by rounding, or where c < 0
-    determined = (a > 0) & (U > 0)
-    bounded = jnp.where(b + root > 0, c / (b + root), jnp.inf)  # U is below 0 for certain
-    low = jnp.where(c > 0, bounded, 0)
-    high = jnp.where(determined, (b + root) / jnp.where(determined, a, 1), jnp.inf)
-    return low, high, ~determined
+def _warn_of_few(scale: NoiseScale) -> None:
+    """Warns if a handful of many examples carry tr Σ; not while being traced."""
+    effective = scale.effective_count
+    if isinstance(effective, jax.core.Tracer) or not float(effective) < _FEW:
+        return
+    if float(effective) < int(scale.count) / 4:
+        warnings.warn(
+            f"tr Σ rests on {float(effective):.1f} of {int(scale.count)} examples, counted as "
+            "(Σ s)²/Σ s² with s = ‖g_i − ∇C‖²: the noise scale of what they were drawn from may be "
+            "far larger. Look at the largest moments.squared_norms, or measure more examples",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _sentence(scale: NoiseScale) -> str:
+    """One line for a reader: B, its interval, and of what it is."""
+    n = int(scale.count)
+    value, low, high = (_short(float(x)) for x in (scale.value, scale.low, scale.high))
+    if scale.of == "these_examples":
+        return f"B = {value} of these {n:,} examples, exact"
+    has_interval = not math.isnan(float(scale.low))
+    if bool(scale.undetermined):
+        found = f"B undetermined, at least {low} examples" if has_interval else "B undetermined"
+    else:
+        found = f"B = {value}{f' ({low} to {high})' if has_interval else ''} examples"
+    about = {
+        "subset": f"of a set of {scale.population}, from {n:,} of them",
+        "population": f"of the population, if params were not fitted to these {n:,}",
+        "steps": f"over {n:,} steps",
+    }[scale.of]
+    why = "" if has_interval else "; an interval needs keep_norms=True and keep_alignments=True"
+    return f"{found} {about}{why}"
+
+
+def _short(value: float) -> str:
+    """Three significant digits, and no fewer than all before the point."""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("num_probes", "chunk_size", "mesh"))

@@ -10,7 +10,7 @@ import pytest
 import reference
 
 import sgd_jax as sj
-from sgd_jax import sampling
+from sgd_jax import _intervals, sampling
 from sgd_jax.estimates import (
     adascale_gain,
     cabs_batch_size,
@@ -138,7 +138,7 @@ def test_cabs_is_learning_rate_times_trace_over_cost():
 @pytest.mark.parametrize("n", [3, 4, 6])
 def test_the_parts_are_unbiased_over_all_samples_from_a_finite_population(n):
     scales = [
-        noise_scale(moments_of(ROWS[list(s)]), population=7)
+        noise_scale(moments_of(ROWS[list(s)]), of="subset", population=7)
         for s in itertools.combinations(range(7), n)
     ]
     close(np.mean([s.parts.trace for s in scales]), TRACE)
@@ -148,23 +148,64 @@ def test_the_parts_are_unbiased_over_all_samples_from_a_finite_population(n):
 def test_the_parts_are_unbiased_over_all_samples_from_an_endless_population():
     rows = ROWS[:4]
     mean, trace, *_ = reference.moments(rows)
-    scales = [noise_scale(moments_of(rows[list(s)])) for s in itertools.product(range(4), repeat=3)]
+    scales = [
+        noise_scale(moments_of(rows[list(s)]), of="population")
+        for s in itertools.product(range(4), repeat=3)
+    ]
     close(np.mean([s.parts.trace for s in scales]), trace)
     close(np.mean([s.parts.squared_norm for s in scales]), mean @ mean)
 
 
 def test_of_a_whole_population_the_noise_scale_is_known():
-    scale = noise_scale(ALL, population=7)
+    scale = noise_scale(ALL, of="subset", population=7)
     close(scale.value, B)
     close((scale.low, scale.high), (B, B), atol=1e-7)  # a square root of rounding
     assert not scale.undetermined
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_of_these_examples_the_noise_scale_is_exact(keep):
+    moments = moments_of(ROWS, keep_norms=keep, keep_alignments=keep)
+    scale = noise_scale(moments, of="these_examples")
+    close([scale.value, scale.low, scale.high], [B, B, B])
+    close(scale.parts, (TRACE, NORM2))
+    assert not scale.undetermined
+    assert repr(scale) == f"B = {B:.3g} of these 7 examples, exact"
+
+
+def test_of_one_example_the_noise_scale_is_zero_and_at_a_stationary_point_infinite():
+    assert noise_scale(moments_of(ROWS[:1]), of="these_examples").value == 0
+    opposed = noise_scale(moments_of(np.array([[1.0], [-1.0]])), of="these_examples")
+    assert opposed.value == np.inf
+    assert not opposed.undetermined
+
+
+def test_repr_says_in_one_line_what_b_is_and_of_what():
+    rows = np.random.default_rng(1).normal(size=(400, 3)) + 1
+    moments = moments_of(rows, keep_norms=True, keep_alignments=True)
+    scale = noise_scale(moments, of="population")
+    ends = f"B = {scale.value:.3g} ({scale.low:.3g} to {scale.high:.3g}) examples"
+    assert repr(scale) == f"{ends} of the population, if params were not fitted to these 400"
+    subset = repr(noise_scale(moments, of="subset", population=1204))
+    assert subset.endswith(" of a set of 1204, from 400 of them")
+    bare = repr(noise_scale(moments_of(rows), of="population"))
+    assert bare.endswith("; an interval needs keep_norms=True and keep_alignments=True")
+    still = noise_scale(
+        moments_of(rows - rows.mean(axis=0), keep_norms=True, keep_alignments=True), of="population"
+    )
+    assert repr(still).startswith("B undetermined, at least ")
+    assert "\n" not in repr(
+        jax.vmap(lambda m: noise_scale(m, of="population"))(
+            jax.tree.map(lambda leaf: leaf[None], moments)
+        )
+    )
+
+
 def test_the_parts_of_the_leaves_add_up_and_are_those_of_the_leaf_alone():
     fun = lambda p, x: jnp.dot(p["a"], x[:1]) + jnp.dot(p["b"], x[1:])  # noqa: E731
     params = {"a": jnp.zeros(1), "b": jnp.zeros(2)}
-    scale = noise_scale(gradient_moments(fun, params, jnp.array(ROWS)))
-    alone = noise_scale(moments_of(ROWS[:, 1:]))
+    scale = noise_scale(gradient_moments(fun, params, jnp.array(ROWS)), of="population")
+    alone = noise_scale(moments_of(ROWS[:, 1:]), of="population")
     close(scale.per_leaf["b"].ratio(), alone.value)
     close(scale.per_leaf["a"].trace + scale.per_leaf["b"].trace, scale.parts.trace)
     close(scale.per_leaf["a"].squared_norm + alone.parts.squared_norm, scale.parts.squared_norm)
@@ -182,22 +223,78 @@ def leave_one_out_covariance(rows):
     return (n - 1) * np.cov(parts.T, bias=True)
 
 
+def jackknife_of(moments):
+    distances = moments.squared_norms - 2 * moments.alignments + moments.squared_norm
+    return _jackknife(distances, moments.alignments - moments.squared_norm, 1.0)
+
+
 def test_the_jackknife_is_that_of_leaving_each_example_out():
-    var_s, cov, var_u = _jackknife(ALL.squared_norms, ALL.alignments, ALL.squared_norm, None)
+    var_s, cov, var_u = jackknife_of(ALL)
     close([[var_s, cov], [cov, var_u]], leave_one_out_covariance(ROWS))
 
 
-def test_the_interval_is_fieller_s():
-    """Its ends are where (S − B U)² = z² Var(S − B U), with the textbook's z."""
-    rows = np.random.default_rng(1).normal(size=(40, 3)) + 1
-    scale = noise_scale(moments_of(rows, keep_norms=True, keep_alignments=True))
-    covariance = leave_one_out_covariance(rows)
-    S, U = scale.parts
-    for end in (scale.low, scale.high):
+def test_fieller_s_ends_solve_its_equation():
+    """(S − B U)² = z² Var(S − B U) at both, with the textbook's z."""
+    covariance = np.array([[0.3, 0.05], [0.05, 0.2]])
+    spread = _intervals.Spread(0.3, 0.05, 0.2)
+    z = _intervals.normal_quantile(0.95)
+    low, high, determined = _intervals.fieller(jnp.array(5.0), jnp.array(2.0), spread, z)
+    for end in (low, high):
         contrast = np.array([1.0, -float(end)])
-        spread = contrast @ covariance @ contrast
-        close((S - end * U) ** 2 / spread, 1.959963984540054**2, atol=1e-8)
-    assert scale.low < scale.value < scale.high
+        close((5 - end * 2) ** 2 / (contrast @ covariance @ contrast), 1.959963984540054**2, 1e-8)
+    assert low < 2.5 < high
+    assert determined
+
+
+def test_the_interval_holds_fieller_s():
+    rows = np.random.default_rng(1).normal(size=(400, 3)) + 1
+    moments = moments_of(rows, keep_norms=True, keep_alignments=True)
+    scale = noise_scale(moments, of="population")
+    spread = _intervals.Spread(*leave_one_out_covariance(rows)[[0, 0, 1], [0, 1, 1]])
+    low, high, _ = _intervals.fieller(*scale.parts, spread, _intervals.normal_quantile(0.95))
+    assert 0.9 * low < scale.low <= low + 1e-9
+    assert high - 1e-9 <= scale.high < 1.5 * high
+
+
+def test_the_lower_end_is_finite_whatever_the_sample():
+    """‖∇C‖² ≥ 0 is known: however far its estimate is below 0, B is not certain to be infinite."""
+    rows = np.random.default_rng(0).normal(size=(200, 1))
+    moments = moments_of(rows - rows.mean(), keep_norms=True, keep_alignments=True)
+    scale = noise_scale(moments, of="population")
+    assert scale.parts.squared_norm < 0
+    assert np.isfinite(scale.low)
+
+
+def test_a_quantile_of_student_s_t_is_the_table_s():
+    for degrees, table in ((5, 2.5706), (9, 2.2622), (19, 2.0930), (1000, 1.9623)):
+        found = _intervals.student_quantile(0.95, jnp.array(degrees, jnp.float64))
+        assert abs(found - table) < 3e-3
+
+
+def test_the_upper_end_of_a_tail_is_that_of_the_profile_likelihood():
+    """The largest mean of a Pareto law within χ²₁/2 of the best, found by a dense search."""
+    excess = np.sort(np.random.default_rng(0).pareto(3.0, size=50))
+    excess /= excess.mean()
+    shape, scale = np.meshgrid(np.linspace(0.002, 0.995, 400), np.geomspace(0.05, 5, 1500))
+    stretched = np.log1p(shape[..., None] / scale[..., None] * excess).mean(axis=-1)
+    likelihood = -np.log(scale) - (1 + 1 / shape) * stretched
+    inside = likelihood >= likelihood.max() - 1.96**2 / 100
+    expected = (scale / (1 - shape))[inside].max()
+    found = _intervals._tail_stretch(jnp.array(excess), jnp.array(1.96**2 / 100))
+    assert abs(found / expected - 1) < 0.02
+
+
+def test_a_sample_whose_variance_rests_on_a_few_examples_gives_a_warning():
+    rows = np.random.default_rng(0).normal(size=(200, 3)) + 1
+    measured = moments_of(rows, keep_norms=True, keep_alignments=True)
+    assert noise_scale(measured, of="population").effective_count > 50
+    rows[0] *= 100
+    moments = moments_of(rows, keep_norms=True, keep_alignments=True)
+    with pytest.warns(RuntimeWarning, match=r"rests on 1\.0 of 200 examples"):
+        scale = noise_scale(moments, of="population")
+    assert scale.high == np.inf
+    distances = np.sum((rows - rows.mean(axis=0)) ** 2, axis=1)
+    close(scale.effective_count, distances.sum() ** 2 / np.sum(distances**2), 1e-9)
 
 
 @functools.cache
@@ -220,7 +317,8 @@ def assert_covers(low, high, truth, confidence):
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_intervals_cover_the_truth_as_often_as_they_say(kind, confidence):
     moments, truth = draw(kind, mean=0.5)
-    scales = jax.jit(jax.vmap(lambda m: noise_scale(m, confidence=confidence)))(moments)
+    measure = functools.partial(noise_scale, of="population", confidence=confidence)
+    scales = jax.jit(jax.vmap(measure))(moments)
     assert_covers(scales.low, scales.high, truth, confidence)
     middle = scales.value
     for factor in (2 / 3, 3 / 2):
@@ -231,7 +329,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(kind, confidence):
 
 def test_without_a_signal_the_noise_scale_is_undetermined():
     moments, _ = draw("normal", mean=0.0)
-    scales = jax.jit(jax.vmap(noise_scale))(moments)
+    scales = jax.jit(jax.vmap(functools.partial(noise_scale, of="population")))(moments)
     assert np.mean(scales.undetermined) > 0.95
     undetermined = np.asarray(scales.undetermined)
     assert np.all(np.isnan(scales.value[undetermined]))
@@ -244,15 +342,16 @@ def test_without_a_signal_the_noise_scale_is_undetermined():
 
 def test_with_a_signal_it_is_determined():
     moments, _ = draw("normal", mean=0.5)
-    assert not np.any(jax.vmap(noise_scale)(moments).undetermined)
+    measure = functools.partial(noise_scale, of="population")
+    assert not np.any(jax.vmap(measure)(moments).undetermined)
 
 
 def test_without_examples_kept_there_is_no_interval():
-    scale = noise_scale(moments_of(ROWS))
+    scale = noise_scale(moments_of(ROWS), of="population")
     assert np.isnan(scale.low)
     assert np.isnan(scale.high)
     close(scale.value, scale.parts.trace / scale.parts.squared_norm)
-    opposed = noise_scale(moments_of(np.array([[1.0], [-1.0]])))
+    opposed = noise_scale(moments_of(np.array([[1.0], [-1.0]])), of="population")
     assert opposed.undetermined
     assert np.isnan(opposed.value)
 
@@ -360,10 +459,8 @@ def assert_within(actual, expected, standard_error):
 
 def test_gaussian_linear_regression_has_its_closed_form():
     moments, _, trace, squared_norm = gaussian_regression()
-    scale = noise_scale(moments)
-    var_trace, _, var_norm = _jackknife(
-        moments.squared_norms, moments.alignments, moments.squared_norm, None
-    )
+    scale = noise_scale(moments, of="population")
+    var_trace, _, var_norm = jackknife_of(moments)
     for actual, expected, variance in (
         (scale.parts.trace, trace, var_trace),
         (scale.parts.squared_norm, squared_norm, var_norm),
@@ -377,7 +474,7 @@ def test_gaussian_linear_regression_has_its_closed_form():
 
 def test_with_the_unit_hessian_of_gaussian_regression_both_noise_scales_agree():
     moments, problem, *_ = gaussian_regression(n=5_000)
-    simple = noise_scale(moments).value
+    simple = noise_scale(moments, of="these_examples").value
     found = curvature_noise_scale(*problem, key=jax.random.key(0), num_probes=50)
     assert abs(found.value - simple) < 4 * found.standard_error + 0.05 * simple
 
@@ -485,10 +582,21 @@ BAD = [
     (lambda: norm_test_batch_size(ALL, 0.0), ValueError, "theta must be"),
     (lambda: cabs_batch_size(ALL, -1.0), ValueError, "learning_rate must be"),
     (lambda: adascale_gain(ALL, 5, 0.5), ValueError, "scale must be"),
-    (lambda: noise_scale(ONE), ValueError, "at least 2 examples, got n = 1"),
-    (lambda: noise_scale(STRATA), ValueError, "of strata take moments.pooled"),
-    (lambda: noise_scale(ALL, confidence=1.0), ValueError, "confidence must be"),
-    (lambda: noise_scale(ALL, population=6), ValueError, "population must be at least n"),
+    (lambda: noise_scale(ONE, of="population"), ValueError, "at least 2 examples, got n = 1"),
+    (lambda: noise_scale(STRATA, of="these_examples"), ValueError, "of strata take moments.pooled"),
+    (lambda: noise_scale(ALL, of="population", confidence=1.0), ValueError, "confidence must be"),
+    (
+        lambda: noise_scale(ALL, of="subset", population=6),
+        ValueError,
+        "population must be at least n",
+    ),
+    (lambda: noise_scale(ALL, of="sample"), ValueError, "of='sample': expected 'these_examples'"),
+    (lambda: noise_scale(ALL, of="subset"), ValueError, "population=None with of='subset'"),
+    (
+        lambda: noise_scale(ALL, of="population", population=9),
+        ValueError,
+        "population=9 with of='population'",
+    ),
     (lambda: two_batch_noise_parts(1.0, 1.0, 2, 2), ValueError, "must exceed small_batch_size"),
     (
         lambda: two_batch_noise_parts(1.0, 1.0, 2, 5, population=4),
@@ -538,7 +646,15 @@ def test_a_ratio_of_parts_is_nan_at_zero():
 
 def test_estimates_run_under_jit():
     inside = jax.jit(
-        lambda m: (expected_squared_error(m, 3), expected_cosine(m, 3), noise_scale(m))
+        lambda m: (
+            expected_squared_error(m, 3),
+            expected_cosine(m, 3),
+            noise_scale(m, of="population"),
+        )
     )
-    outside = expected_squared_error(ALL, 3), expected_cosine(ALL, 3), noise_scale(ALL)
+    outside = (
+        expected_squared_error(ALL, 3),
+        expected_cosine(ALL, 3),
+        noise_scale(ALL, of="population"),
+    )
     jax.tree.map(close, inside(ALL), outside)

@@ -1,7 +1,7 @@
 """The noise scale in training: as defined, resumable, and what a batch size makes of it."""
 
 import csv
-import itertools
+import functools
 import json
 
 import in_process
@@ -24,10 +24,15 @@ def call(program, *arguments):
     return in_process.call(program, "--dtype=float64", *arguments)
 
 
-def measurement(num_examples, seeds=SEEDS):
+def measurement(num_examples, seeds=SEEDS, split="train"):
     dataset = load(Config(smoke=True))
     return dataset, _noise.make_measurement(
-        dataset, cost="quadratic", seeds=seeds, dtype=np.float64, num_examples=num_examples
+        dataset,
+        cost="quadratic",
+        seeds=seeds,
+        dtype=np.float64,
+        num_examples=num_examples,
+        split=split,
     )
 
 
@@ -39,14 +44,15 @@ def networks(seeds=SEEDS):
     return init_all(numbers).params
 
 
-def gradients(dataset, params):
+def gradients(dataset, params, split="train"):
     """Returns G of one network, rows of examples, by layer: [(n, p_1), (n, p_2)]."""
     fun, _ = _classifier.example_functions(
         "quadratic", dataset.num_classes, dataset.scale, np.float64
     )
-    grads = jax.vmap(jax.grad(fun), in_axes=(None, 0))(params, dataset.train)
+    grads = jax.vmap(jax.grad(fun), in_axes=(None, 0))(params, getattr(dataset, split))
     return [
-        np.concatenate([np.reshape(leaf, (N, -1)) for leaf in layer], axis=1) for layer in grads
+        np.concatenate([np.reshape(leaf, (len(leaf), -1)) for leaf in layer], axis=1)
+        for layer in grads
     ]
 
 
@@ -63,7 +69,7 @@ def folder(tmp_path_factory):
     return out_dir / "one"
 
 
-def test_all_examples_give_the_unbiased_parts_by_definition_for_every_seed_and_layer():
+def test_all_training_examples_give_the_noise_scale_of_training_exactly():
     dataset, measure = measurement(N)
     params = networks()
     record = measure(params, 0)
@@ -75,11 +81,34 @@ def test_all_examples_give_the_unbiased_parts_by_definition_for_every_seed_and_l
             ("noise_scale_layer2", layers[1]),
         ):
             trace, squared_norm = parts(matrix)
-            s2 = trace * N / (N - 1)
-            assert record[name][index] == pytest.approx(s2 / (squared_norm - s2 / N)), name
-            assert record[name][index] != pytest.approx(trace / squared_norm, rel=1e-6)
+            assert record[name][index] == pytest.approx(trace / squared_norm), name
+        assert record["noise_scale_low"] == record["noise_scale"] == record["noise_scale_high"]
+
+
+def test_held_out_examples_give_the_unbiased_parts_of_the_population_with_an_interval():
+    dataset, measure = measurement(N, split="validation")
+    params = networks()
+    record = measure(params, 0)
+    for index in range(len(SEEDS)):
+        one = jax.tree.map(lambda leaf, i=index: leaf[i], params)
+        matrix = np.concatenate(gradients(dataset, one, "validation"), axis=1)
+        k = len(matrix)
+        trace, squared_norm = parts(matrix)
+        s2 = trace * k / (k - 1)
+        assert record["noise_scale"][index] == pytest.approx(s2 / (squared_norm - s2 / k))
         assert record["noise_scale_low"][index] < record["noise_scale"][index]
         assert record["noise_scale"][index] < record["noise_scale_high"][index]
+
+
+def test_both_splits_are_what_each_of_them_is():
+    _, measure = measurement(60, split="both")
+    record = measure(networks(), 3)
+    fitted = measurement(60)[1](networks(), 3)
+    held_out = measurement(60, split="validation")[1](networks(), 3)
+    for name, value in fitted.items():
+        assert record[name] == value
+        if "layer" not in name:
+            assert record[f"held_out_{name}"] == held_out[name] != value
 
 
 def test_subsets_estimate_the_parts_of_all_training_examples_without_bias():
@@ -109,12 +138,13 @@ def test_the_experiment_leaves_records_table_figure_and_report(folder):
     for label in noise_scale.make_table(2).labels():
         assert f">{label}</th>" in report
     summary = json.loads((folder / "summary.json").read_text())
-    undetermined = [record["noise_scale"] is None for record in records]
+    undetermined = [record["held_out_noise_scale"] is None for record in records]
     assert summary["num_undetermined"] == sum(undetermined)
     assert report.count("<td>undetermined</td>") >= sum(undetermined)
     for record, is_open in zip(records, undetermined, strict=True):
-        assert (record["noise_scale_high"] is None) == is_open
-        assert record["noise_scale_low"] > 0
+        assert record["noise_scale_low"] == record["noise_scale_high"] == record["noise_scale"]
+        assert record["held_out_noise_scale_low"] > 0
+        assert not is_open or record["held_out_noise_scale_high"] is None
 
 
 def test_measuring_noise_changes_nothing_of_the_training(folder):
@@ -143,24 +173,46 @@ def test_an_adaptive_run_grows_as_the_rule_says_and_resumes_bit_for_bit(rule, tm
     assert whole == resumed
     sizes = [record["batch_size"] for record in whole]
     assert sizes[0] == 10
-    for before, after in itertools.pairwise(whole):
-        trace, squared_norm = before["noise_trace"], before["noise_squared_norm"]
+    asked = []
+    for record in whole:
+        trace, squared_norm = record["noise_trace"], record["noise_squared_norm"]
         if rule == "cabs":
-            wanted = 3.0 * trace / before["cost_train"]
+            asked.append(np.clip(3.0 * trace / record["cost_train"], 1, N))
         else:
-            wanted = trace / squared_norm if squared_norm > 0 else np.inf
-        grows = before["batch_size"] < wanted and 2 * before["batch_size"] <= N
-        assert after["batch_size"] == before["batch_size"] * (2 if grows else 1)
+            asked.append(np.clip(trace / squared_norm, 1, N) if squared_norm > 0 else N)
+        if len(asked) > 1:
+            asked[-1] = np.sqrt(asked[-1] * asked[-2])
+        assert record["wanted_batch_size"] == pytest.approx(asked[-1])
+    for size, after, wanted in zip(sizes, sizes[1:], asked, strict=False):
+        grows, shrinks = wanted >= 2 * size <= N, wanted < size / 2 and size >= 20
+        assert after == (2 * size if grows else size // 2 if shrinks else size)
     assert (sizes[-1] > 10) == (rule == "norm_test")
     assert (tmp_path / "parts" / "figures" / "learning_curve.png").is_file()
 
 
-def test_a_batch_size_never_exceeds_the_examples_and_never_falls():
+def test_a_batch_size_changes_by_a_factor_of_two_and_stays_between_the_first_and_n():
     config = Config(adaptive="norm_test")
-    record = {"noise_trace": 1.0, "noise_squared_norm": -1.0, "batch_size": 40}
-    assert _noise.grow_batch_size(config, record, 79) == 40
-    assert _noise.grow_batch_size(config, record, 80) == 80
-    assert _noise.grow_batch_size(config, record | {"noise_squared_norm": 1.0}, 1000) == 40
+
+    def next_size(size, wanted, n=1000):
+        record = {"wanted_batch_size": wanted, "batch_size": size}
+        return _noise.next_batch_size(config, record, n)
+
+    assert next_size(40, 1000, n=79) == 40
+    assert next_size(40, 1000, n=80) == 80
+    assert [next_size(40, wanted) for wanted in (19, 20, 79, 80)] == [20, 40, 40, 80]
+    assert next_size(10, 1.0) == 10
+
+
+def test_one_large_measurement_does_not_decide_the_batch_size():
+    config, before, sizes = Config(adaptive="norm_test", batch_size=64), None, []
+    for epoch in range(8):
+        noise = {"noise_trace": 192.0 if epoch == 4 else 64.0, "noise_squared_norm": 1.0}
+        wanted = _noise.wanted_batch_size(config, noise, before, 10_000)
+        before = {"wanted_batch_size": wanted, "batch_size": sizes[-1] if sizes else 64}
+        sizes.append(_noise.next_batch_size(config, before, 10_000))
+    assert sizes == [64] * 8  # 192 alone would double it; √(64 · 192) = 111 does not
+    negative = {"noise_trace": 1.0, "noise_squared_norm": -1.0}
+    assert _noise.wanted_batch_size(config, negative, None, 50) == 50
 
 
 @pytest.mark.parametrize(
@@ -199,4 +251,10 @@ def test_the_interval_is_defined_for_as_many_examples_as_mnist_has_in_32_bits():
             squared_norms=each,
             alignments=each,
         )
-        assert jax.eval_shape(estimate, moments).high.dtype == np.float32
+        of_population = functools.partial(estimate, of="population")
+        assert jax.eval_shape(of_population, moments).high.dtype == np.float32
+
+
+def test_a_split_that_is_not_measured_is_refused():
+    with pytest.raises(ValueError, match=r"noise_split is 'test'; expected one of train, valid"):
+        Config(noise_split="test")

@@ -20,6 +20,7 @@ FLOORS = {  # of a module, or of a sub-package and all that is in it
     "sgd_jax.costs": 1,
     "sgd_jax.networks": 1,
     "sgd_jax._chunks": 1,
+    "sgd_jax._intervals": 1,
     "sgd_jax.sampling": 1,
     "sgd_jax.quadratic": 1,
     "sgd_jax.allocation": 1,

@@ -94,7 +94,12 @@ def test_per_example_norms_second_moment_and_gram_matrix_are_the_same(dtype, str
 def test_moments_and_the_noise_scale_are_the_same(dtype):
     def ask(params, examples):
         m = sj.gradient_moments(cost, params, examples, chunk_size=16, per_coordinate=True)
-        return m.mean, jnp.asarray(m.trace), m.variance, jnp.asarray(sj.noise_scale(m).value)
+        return (
+            m.mean,
+            jnp.asarray(m.trace),
+            m.variance,
+            jnp.asarray(sj.noise_scale(m, of="these_examples").value),
+        )
 
     assert_same_on_both(ask, dtype, *problem(dtype))
 
