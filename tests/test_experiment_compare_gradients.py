@@ -211,7 +211,7 @@ def test_what_is_no_training_of_this_network_is_refused(folder, trained, tmp_pat
     other.mkdir()
     (other / "checkpoints").symlink_to(trained / "checkpoints")
     (other / "config.json").write_text(json.dumps(config | {"sizes": [64, 6, 10]}))
-    assert re.search(r"another network: it holds .*\(2, 5, 64\)", message(f"--run={other}"))
+    assert re.search(r"does not fit `like`: .*\[2, 5, 64\] in", message(f"--run={other}"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
 
 

@@ -163,7 +163,7 @@ def test_sigterm_and_sigint_leave_with_143_and_130_and_the_run_goes_on(place):
         wait_for(lambda before=before: faults.num_lines(folder) > before + 2, program)
         program.send(number)
         assert program.wait() == code, program.printed()
-        message = f"stopped by {number.name}; every epoch that was finished is saved: go on with"
+        message = f"stopped by {number.name}; every epoch that was finished is saved: continue with"
         assert f"error: {message} --resume --run_name=stopped" in program.printed()
         assert folder.read_summary()["status"] == "interrupted"
         assert folder.read_summary()["epochs"] == faults.num_lines(folder) - 1
@@ -387,7 +387,7 @@ def test_no_flipped_byte_of_a_checkpoint_goes_unseen(three_epochs):
                 continue
             flipped[position] ^= 1 << position % 8
             file.write_bytes(flipped)
-            with pytest.raises(ValueError, match=r"2 is damaged.*goes on from that of epoch 1"):
+            with pytest.raises(ValueError, match=r"2 is damaged.*continues from that of epoch 1"):
                 runs.read_checkpoint(three_epochs, make_state(0))
             count += 1
         file.write_bytes(whole)

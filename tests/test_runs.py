@@ -284,6 +284,95 @@ def test_a_half_written_checkpoint_is_never_picked_up(tmp_path, damage):
     assert_same_bits(reopen(tmp_path).latest.state, make_state(2.0))
 
 
+def wider(state):
+    return jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]) if leaf.ndim else leaf, state)
+
+
+MISFITS = {
+    "shapes": (wider, r".params.0..biases is float64.2. in .*2 and float64.4. in `like`"),
+    "dtypes": (
+        lambda state: jax.tree.map(lambda leaf: leaf.astype(jnp.float16), state),
+        r".step is int32.. in .*2 and float16.. in `like`",
+    ),
+    "structure": (
+        lambda state: {"state": state},
+        r".step is int32.. in .*2 and missing in `like`",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", MISFITS)
+def test_a_good_checkpoint_of_another_model_is_an_error_and_stays_as_it_is(tmp_path, change):
+    save_all(tmp_path, [0.1, 0.3, 0.2])
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    like = MISFITS[change][0](make_state(0.0))
+    match = f"2 does not fit `like`: .*{MISFITS[change][1]}; "
+    with pytest.raises(ValueError, match=match):
+        runs.Checkpoints(tmp_path, accuracy, like=like)
+    with pytest.raises(ValueError, match=match):
+        runs.read_checkpoint(tmp_path, like)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    assert reopen(tmp_path).latest.epoch == 2
+
+
+def test_a_record_may_hold_scalars_of_jax_and_numpy_and_the_path_be_text(tmp_path):
+    with runs.Checkpoints(str(tmp_path), accuracy, like=make_state(0.0)) as checkpoints:
+        line = record(np.int64(1), jnp.float32(0.5), cost_train=np.arange(3))
+        checkpoints.save(make_state(1.0), line)
+    assert reopen(tmp_path).latest.record == record(1, 0.5, cost_train=[0, 1, 2])
+    assert runs.read_checkpoint(str(tmp_path), make_state(0.0)).epoch == 1
+    assert runs.RunFolder.create(str(tmp_path), "new", "train").path == tmp_path / "new"
+
+
+BAD_SAVES = {
+    "no epoch": ({"accuracy_validation": 0.5}, TypeError, r"record\['epoch'\] is None; expected a"),
+    "half an epoch": (record(1.5, 0.5), TypeError, r"record\['epoch'\] is 1.5; expected a whole"),
+    "what is not JSON": (
+        record(2, 0.5, a={1}),
+        TypeError,
+        r"record\['a'\] is \{1\}; expected what",
+    ),
+    "an epoch twice": (record(1, 0.5), ValueError, "a checkpoint of epoch 1 already; expected"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_SAVES)
+def test_a_save_that_is_refused_names_what_was_expected_and_leaves_nothing(tmp_path, what):
+    line, error, message = BAD_SAVES[what]
+    with runs.Checkpoints(tmp_path, accuracy, like=make_state(0.0)) as checkpoints:
+        checkpoints.save(make_state(1.0), record(1, 0.5))
+        with pytest.raises(error, match=message):
+            checkpoints.save(make_state(2.0), line)
+        with pytest.raises(ValueError, match="state does not fit `like`"):
+            checkpoints.save(wider(make_state(2.0)), record(2, 0.5))
+        assert [path.name for path in tmp_path.iterdir()] == ["1"]
+        checkpoints.save(make_state(2.0), record(2, 0.5))
+    assert reopen(tmp_path).latest.epoch == 2
+
+
+def test_a_save_that_fails_or_is_interrupted_can_be_tried_again(tmp_path, monkeypatch):
+    with runs.Checkpoints(tmp_path, accuracy, like=make_state(0.0)) as checkpoints:
+        manager = checkpoints._manager
+        save = manager.save
+
+        def fail(epoch, **options):
+            (tmp_path / f"{epoch}.orbax-checkpoint-tmp").mkdir()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(manager, "save", fail)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(make_state(1.0), record(1, 0.5))
+        assert list(tmp_path.iterdir()) == []
+        monkeypatch.setattr(manager, "save", save)
+        checkpoints.save(make_state(1.0), record(1, 0.5))
+    assert_same_bits(reopen(tmp_path).latest.state, make_state(1.0))
+
+
+def test_a_state_that_does_not_hold_arrays_alone_is_refused_by_the_name_of_the_leaf(tmp_path):
+    with pytest.raises(TypeError, match=r"like\['a'\] is 1.0; expected arrays alone"):
+        runs.Checkpoints(tmp_path, accuracy, like={"a": 1.0})
+
+
 def test_saving_leaves_no_objects_behind(tmp_path):
     state = make_state(0.0)
     with contextlib.closing(runs.Checkpoints(tmp_path, accuracy, like=state)) as checkpoints:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import inspect
+import json
 import logging
 import os
 import re
@@ -10,9 +11,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
@@ -36,13 +38,18 @@ class Snapshot(NamedTuple):
     """The line of metrics of that epoch."""
 
 
+class _DamagedError(ValueError):
+    """A checkpoint is incomplete, or has a byte that is not as it was saved."""
+
+
 class Checkpoints:
     """The checkpoints in one folder: those of the last two epochs, and the best by a score.
 
     Each holds the state and its line of metrics, so the two never disagree. `save` returns when the
     checkpoint is complete on the disk, with the SHA-256 of each of its files. One that is not
     complete (half written by a run that was killed) or has a byte that is not as it was saved is
-    never restored: it is renamed to `damaged-<epoch>` and the one before is used.
+    never restored: it is renamed to `damaged-<epoch>` and the one before is used. A whole one that
+    does not fit ``like`` is an error, and stays as it is. A context manager: `close` at the end.
 
     Of several processes all save and restore together, into one folder that all can see; any number
     may go on from what others saved.
@@ -51,14 +58,30 @@ class Checkpoints:
       path: The folder; made where it does not exist.
       score: From a line of metrics to the number whose largest value, the earliest among equals,
         marks the best epoch.
-      like: A state with the structure, shapes and dtypes of those saved.
+      like: A state with the structure, shapes and dtypes of those saved, all leaves arrays.
+
+    Raises:
+      ValueError: the last whole checkpoint or the best has other shapes, dtypes or names of leaves.
+      TypeError: a leaf of ``like`` is not an array.
+
+    Example, of a program of one's own:
+      >>> import tempfile, jax.numpy as jnp
+      >>> folder, state = tempfile.mkdtemp(), {"w": jnp.ones(3)}
+      >>> with Checkpoints(folder, lambda record: record["accuracy"], like=state) as checkpoints:
+      ...     checkpoints.save(state, {"epoch": 1, "accuracy": 0.9})
+      >>> Checkpoints(folder, lambda record: record["accuracy"], like=state).latest.epoch
+      1
     """
 
-    def __init__(self, path: Path, score: Callable[[Record], float], like: PyTree):
-        self._path = path.absolute()
-        self._like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
-        )
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        score: Callable[[Record], float],
+        like: PyTree,
+    ):
+        self._path = Path(path).absolute()
+        _check_arrays("like", like)
+        self._like = jax.tree.map(_with_sharding, like)
         self._path.mkdir(parents=True, exist_ok=True)
         self.damaged: list[str] = []
         """What could not be read and why, one sentence each; then what is used instead."""
@@ -77,6 +100,12 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self._path, options=options)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
     @property
     def latest(self) -> Snapshot | None:
         """The last complete checkpoint that was there at the beginning; None where none was."""
@@ -85,21 +114,39 @@ class Checkpoints:
     def save(self, state: PyTree, record: Record) -> None:
         """Saves the state after ``record["epoch"]``; removes what is neither last nor best.
 
+        If it fails, nothing of this epoch is left, so that it can be tried again.
+
+        Args:
+          state: As ``like``.
+          record: What was measured, by name: numbers, also of JAX or NumPy, strings, lists and so
+            on, as JSON has them; ``epoch`` is a whole number of at least 0.
+
         Raises:
+          ValueError: there is a checkpoint of this epoch, or the state does not fit ``like``.
+          TypeError: ``record`` has no such ``epoch``, or holds what is not JSON.
           OSError: the disk is full or fails; the checkpoints before are as they were, or this one
             is whole and only its digests are missing.
         """
+        _check_arrays("state", state)
+        _check_leaves("state", _described(state), _described(self._like))
+        record = _as_json(record)
         epoch = record["epoch"]
+        if epoch in self._manager.all_steps():
+            raise ValueError(
+                f"{self._path} holds a checkpoint of epoch {epoch} already; expected the record of "
+                "an epoch that is not saved yet"
+            )
         arguments = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(_named_leaves(state))})
         try:
             with _silent_threads(), _unmetered():
                 saved = self._manager.save(epoch, args=arguments, metrics=record, force=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = _disk_error(error)
+        except BaseException as error:
+            for unfinished in self._path.glob(f"{epoch}.*"):  # it takes room, and its name
+                shutil.rmtree(unfinished, ignore_errors=True)
+            is_expected = isinstance(error, OSError | ValueError | RuntimeError)
+            reason = _disk_error(error) if is_expected else None
             if reason is None:
                 raise
-            for unfinished in self._path.glob(f"{epoch}.*"):  # it takes room
-                shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(
                 f"checkpoint {epoch} could not be saved in {self._path}: {reason}. "
                 "Those before it are as they were"
@@ -124,7 +171,7 @@ class Checkpoints:
         for epoch in processes.from_first(lambda: _epochs(self._path)):
             try:
                 snapshot = _restore(self._path / str(epoch), self._like)
-            except ValueError as error:
+            except _DamagedError as error:
                 reason = _first_line(error)
                 self.damaged.append(
                     processes.from_first(lambda e=epoch, r=reason: self._set_aside(e, r))
@@ -145,51 +192,98 @@ class Checkpoints:
         return f"checkpoint {epoch} is incomplete or damaged ({reason}); it is now {target}"
 
 
-def read_checkpoint(path: Path, like: PyTree) -> Snapshot:
+def read_checkpoint(path: str | os.PathLike[str], like: PyTree) -> Snapshot:
     """Returns the last checkpoint in a folder, which stays as it is.
 
     Args:
       path: The folder.
       like: A state with the structure, shapes and dtypes of those saved; `jax.ShapeDtypeStruct`
-        will do. It comes to lie where ``like`` does, or on one device where that is not said.
+        will do. The state is placed where ``like`` is, or on one device if that is not said.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
       ValueError: the last one is damaged, or of another structure, shape or dtype.
+      TypeError: a leaf of ``like`` is not an array.
     """
+    path = Path(path)
+    _check_arrays("like", like)
     epochs = _epochs(path) if path.is_dir() else []
     if not epochs:
         raise FileNotFoundError(f"{path} holds no checkpoint")
     checkpoint = (path / str(epochs[0])).absolute()
-    like = jax.tree.map(_with_sharding, like)
     before = f"that of epoch {epochs[1]}" if len(epochs) > 1 else "the beginning"
-    remedy = f"Resume the run: it then goes on from {before}, if that is whole"
     try:
-        _check_digests(checkpoint)
-        with _silent_threads():
-            handler = ocp.StandardCheckpointHandler()
-            metadata = handler.metadata(epath.Path(checkpoint / _STATE)).tree
-        saved, wanted = (
-            {f"{name} {leaf.dtype}{tuple(leaf.shape)}" for name, leaf in leaves.items()}
-            for leaves in (metadata, _named_leaves(like))
-        )
-    except Exception as error:  # of damaged files orbax makes anything
-        raise ValueError(f"{checkpoint} is damaged ({_first_line(error)}). {remedy}") from error
-    if saved != wanted:
+        return _restore(checkpoint, jax.tree.map(_with_sharding, like))
+    except _DamagedError as error:
         raise ValueError(
-            f"{checkpoint} is of another network: it holds {', '.join(sorted(saved - wanted))}; "
-            f"expected {', '.join(sorted(wanted - saved))}"
-        )
-    try:
-        return _restore(checkpoint, like)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint} is damaged ({_first_line(error)}). {remedy}") from error
+            f"{checkpoint} is damaged ({_first_line(error)}). Resume the run: it then continues "
+            f"from {before}, if that is whole"
+        ) from error
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     """The shape of a leaf with a place, which orbax asks for where other devices have saved it."""
-    place = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
+        jax.local_devices()[0]
+    )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def _check_arrays(name: str, tree: PyTree) -> None:
+    """Raises TypeError unless all leaves of a tree have a shape and a dtype."""
+    for path, leaf in _named_leaves(tree).items():
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise TypeError(
+                f"{name}{path} is {leaf!r:.40}; expected arrays alone. Convert it with "
+                "jnp.asarray, or keep it in the record"
+            )
+
+
+def _described(tree: PyTree) -> dict[str, Any]:
+    """Returns shape and dtype of each leaf of a tree, by its path."""
+    return {name: (leaf.shape, leaf.dtype) for name, leaf in _named_leaves(tree).items()}
+
+
+def _check_leaves(name: str, found: Any, expected: Any) -> None:
+    """Raises ValueError unless leaves have the paths, shapes and dtypes that `like` has."""
+    found, expected = (
+        {path: f"{dtype}{list(shape)}" for path, (shape, dtype) in leaves.items()}
+        for leaves in (found, expected)
+    )
+    differing = [
+        f"{path} is {found.get(path, 'missing')} in {name} and {expected.get(path, 'missing')} in "
+        "`like`"
+        for path in sorted(found.keys() | expected.keys(), key=lambda path: (len(path), path))
+        if found.get(path) != expected.get(path)
+    ]
+    if differing:
+        more = f"; so are {len(differing) - 4} more leaves" if len(differing) > 4 else ""
+        raise ValueError(
+            f"{name} does not fit `like`: {'; '.join(differing[:4])}{more}. Use the model and the "
+            "optimizer that it was saved with; nothing on the disk was changed"
+        )
+
+
+def _as_json(record: Record) -> Record:
+    """Returns a record with plain numbers; raises TypeError at what JSON cannot hold."""
+    plain = {}
+    for name, value in record.items():
+        if isinstance(value, jax.Array | np.ndarray | np.generic):
+            value = value.tolist()
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"record[{name!r}] is {value!r:.40}; expected what JSON can hold, such as a number"
+            ) from error
+        plain[name] = value
+    epoch = plain.get("epoch")
+    if type(epoch) is not int or epoch < 0:
+        raise TypeError(
+            f"record['epoch'] is {epoch!r}; expected a whole number of at least 0, the epochs "
+            "trained so far"
+        )
+    return plain
 
 
 def _epochs(path: Path) -> list[int]:
@@ -199,8 +293,20 @@ def _epochs(path: Path) -> list[int]:
 
 
 def _restore(checkpoint: Path, like: PyTree) -> Snapshot:
-    """Returns what a checkpoint holds; raises ValueError unless it is whole."""
-    _check_digests(checkpoint)
+    """Returns what a checkpoint holds.
+
+    Raises:
+      _DamagedError: it is not whole.
+      ValueError: it is, and does not fit ``like``.
+    """
+    try:
+        _check_digests(checkpoint)
+        with _silent_threads():
+            saved = ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint / _STATE)).tree
+            saved = {name: (leaf.shape, leaf.dtype) for name, leaf in saved.items()}
+    except Exception as error:  # of damaged files orbax makes anything
+        raise _DamagedError(_first_line(error)) from error
+    _check_leaves(str(checkpoint), saved, _described(like))
     try:
         with _silent_threads():
             handler = ocp.JsonCheckpointHandler(filename=_METRICS)
@@ -216,7 +322,7 @@ def _restore(checkpoint: Path, like: PyTree) -> Snapshot:
                 jax.tree.structure(like), [leaves[name] for name in abstract]
             )
     except Exception as error:  # of damaged files orbax makes anything
-        raise ValueError(_first_line(error)) from error
+        raise _DamagedError(_first_line(error)) from error
     return Snapshot(record["epoch"], state, record)
 
 
@@ -267,7 +373,7 @@ def _read_all(arrays: Path) -> None:
         store.read(key).result()
 
 
-def _disk_error(error: Exception) -> str | None:
+def _disk_error(error: BaseException) -> str | None:
     """Returns what the operating system said, or None where it said nothing."""
     if isinstance(error, OSError):
         return error.strerror or str(error)

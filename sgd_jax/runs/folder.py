@@ -27,7 +27,8 @@ class RunFolder:
     `lock`.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: str | os.PathLike[str]):
+        path = Path(path)
         self.path = path
         self.config_path = path / "config.json"
         self.metrics_path = path / "metrics.jsonl"
@@ -38,7 +39,7 @@ class RunFolder:
         self.lock = RunLock(path)
 
     @classmethod
-    def create(cls, out_dir: Path, name: str | None, prefix: str) -> "RunFolder":
+    def create(cls, out_dir: str | os.PathLike[str], name: str | None, prefix: str) -> "RunFolder":
         """Makes the folder of a new run.
 
         Args:
@@ -53,6 +54,7 @@ class RunFolder:
           ValueError: ``name`` is not a plain folder name.
           FileExistsError: there is a run of that name.
         """
+        out_dir = Path(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         if name is not None:
             check_new_name(out_dir, name)
@@ -71,9 +73,10 @@ class RunFolder:
                 return cls(path)
 
     @classmethod
-    def open(cls, out_dir: Path, name: str) -> "RunFolder":
+    def open(cls, out_dir: str | os.PathLike[str], name: str) -> "RunFolder":
         """Returns the folder of an existing run; raises FileNotFoundError where there is none."""
         check_name(name)
+        out_dir = Path(out_dir)
         folder = cls(out_dir / name)
         if not folder.config_path.is_file():
             known = sorted(path.parent.name for path in out_dir.glob("*/config.json"))
@@ -157,8 +160,9 @@ class RunFolder:
         return last not in records
 
 
-def check_writable(out_dir: Path) -> None:
+def check_writable(out_dir: str | os.PathLike[str]) -> None:
     """Raises OSError, with the remedy, unless files can be written in ``out_dir``; makes it."""
+    out_dir = Path(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):
@@ -179,9 +183,10 @@ def check_name(name: str) -> None:
         )
 
 
-def check_new_name(out_dir: Path, name: str) -> None:
+def check_new_name(out_dir: str | os.PathLike[str], name: str) -> None:
     """Raises unless ``name`` is free for a new run."""
     check_name(name)
+    out_dir = Path(out_dir)
     if (out_dir / name).exists():
         raise FileExistsError(
             f"run_name is {name!r}, but {out_dir / name} exists and is never overwritten. Give "
