@@ -7,6 +7,10 @@ import tempfile
 import hypothesis
 import jax
 import pytest
+import quick
+
+# Read when the first program is compiled. Flags that were set, even to nothing, stay.
+os.environ.setdefault("XLA_FLAGS", quick.FLAGS)
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

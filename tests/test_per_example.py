@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 import sgd_jax as sj
 from sgd_jax.per_example.factors import Outer, inner_by_forming, inner_by_gram, prefers_gram
@@ -19,10 +20,6 @@ TOLERANCES = {
     # positions and layers make a few of those.
     jnp.bfloat16: 0.05,
 }
-
-
-QUICK = {"xla_backend_optimization_level": 0}
-"""Compiler options: these programs are compiled once and run once."""
 
 
 def weights_of(n):
@@ -141,7 +138,7 @@ def disagreements(found, expected, tolerance, floor=1e-3):
 
 def oracle(fun, params, examples):
     """The gradients of all examples as vmap(grad) gives them, in NumPy float64."""
-    gradient = jax.jit(jax.vmap(jax.grad(fun), in_axes=(None, 0)), compiler_options=QUICK)
+    gradient = jax.jit(jax.vmap(jax.grad(fun), in_axes=(None, 0)), compiler_options=quick.OPTIONS)
     return in_float64(gradient(params, examples))
 
 
@@ -162,7 +159,7 @@ def compare(fun, params, examples, tolerance, jit=True, claims=CLAIMS, truth=Non
             claim: claims[claim][0](grads, other, direction, weights, max_norm) for claim in claims
         }
 
-    answers = jax.jit(answers, compiler_options=QUICK) if jit else answers
+    answers = jax.jit(answers, compiler_options=quick.OPTIONS) if jit else answers
     found = answers(params, examples, others, direction, weights, max_norm)
     v, c = in_float64(direction), in_float64(weights)
     expected = {claim: claims[claim][1](G, H, v, c, max_norm) for claim in claims}

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from test_per_example import CLAIMS, QUICK, oracle, rows
+from test_per_example import CLAIMS, oracle, rows
 
 import sgd_jax as sj
 
@@ -29,7 +30,7 @@ def assert_close(found, expected, rtol=1e-10):
 
 
 def jit(function):
-    return jax.jit(function, compiler_options=QUICK)
+    return jax.jit(function, compiler_options=quick.OPTIONS)
 
 
 def answers(grads):
