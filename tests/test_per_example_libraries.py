@@ -51,6 +51,7 @@ def test_equinox_mlp_and_its_layers():
     assert not compare(fun, draw_like(params), examples, TOLERANCES[jnp.float64])
 
 
+@pytest.mark.slow
 def test_flax_linen():
     nn = pytest.importorskip("flax.linen")
 
@@ -122,6 +123,7 @@ def test_flax_nnx():
     assert not compare(fun, draw_like(params), examples, TOLERANCES[jnp.float64])
 
 
+@pytest.mark.slow
 def test_haiku():
     hk = pytest.importorskip("haiku")
 

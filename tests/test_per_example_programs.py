@@ -3,6 +3,7 @@
 import architectures
 import jax
 import jax.numpy as jnp
+import pytest
 from architectures import convolution, half_square
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,6 +77,7 @@ programs = st.lists(
 KEPT = ("materialize", "weighted sum", "squared norms", "second moment", "inner products", "gram")
 
 
+@pytest.mark.slow
 @given(programs)
 @settings(max_examples=10)
 def test_programs_at_random(program):
