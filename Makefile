@@ -13,12 +13,13 @@ venv_python = $(VENV)/bin/python
 install = $(PYTHON) -m pip --python $(venv_python) install --quiet --disable-pip-version-check \
   --constraint constraints.txt pip
 
-.PHONY: help train test check clean
+.PHONY: help train test test-all check clean
 help:
-	@echo 'make train   trains the textbook network on the digits'
-	@echo 'make test    runs the tests and doctests'
-	@echo 'make check   runs the format, lint and type checks, builds the site and runs the tests'
-	@echo 'make clean   removes $(VENV)'
+	@echo 'make train     trains the textbook network on the digits'
+	@echo 'make test      runs the tests and doctests that are not marked slow'
+	@echo 'make test-all  runs them all'
+	@echo 'make check     runs the format, lint and type checks, builds the site and does make test'
+	@echo 'make clean     removes $(VENV)'
 	@echo 'each takes ARGS="...", PYTHON=... and VENV=...'
 
 train: $(VENV)/experiments.stamp
@@ -26,6 +27,9 @@ train: $(VENV)/experiments.stamp
 
 test: $(VENV)/dev.stamp
 	PYTHON=$(venv_python) scripts/check tests $(ARGS)
+
+test-all: $(VENV)/dev.stamp
+	PYTHON=$(venv_python) scripts/check tests --all $(ARGS)
 
 check: $(VENV)/dev.stamp
 	PYTHON=$(venv_python) scripts/check

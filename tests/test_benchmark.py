@@ -66,12 +66,14 @@ def chosen_from(suite, *words):
     return suite._replace(contenders=chosen)
 
 
+@pytest.mark.slow
 def test_all_contenders_of_the_suite_epoch_compute_the_same(epoch, harness):
     suite = epoch.epoch_suites(n=40)[0]
     without_torch = [c for c in suite.contenders if "torch" not in c.needs]
     assert_all_agree(harness, suite._replace(contenders=without_torch))
 
 
+@pytest.mark.slow
 def test_peers_of_the_suite_epoch_take_other_networks_and_mini_batches(epoch, harness):
     problem = epoch.make_epoch_problem(None, 40, (6, 5, 4, 3), batch_size=8, learning_rate=0.5)
     suite = epoch.epoch_suite("other", problem)
@@ -79,6 +81,7 @@ def test_peers_of_the_suite_epoch_take_other_networks_and_mini_batches(epoch, ha
     assert_all_agree(harness, chosen_from(suite, "NumPy", "scikit-learn"))
 
 
+@pytest.mark.slow
 def test_the_wide_network_stands_beside_a_product_of_as_many_operations(epoch, harness):
     names = [suite.name for suite in epoch.epoch_suites(n=40)]
     assert names == ["epoch", "epoch_m128", "epoch_m1000", "epoch_wide"]
@@ -92,6 +95,7 @@ def test_the_wide_network_stands_beside_a_product_of_as_many_operations(epoch, h
     assert set(result["left_out"].values()) <= {"there is no C compiler here"}
 
 
+@pytest.mark.slow
 def test_c_is_left_out_where_there_is_no_compiler(epoch, monkeypatch):
     epoch.epoch_c._library.cache_clear()
     monkeypatch.setattr("shutil.which", lambda name: None)
@@ -99,6 +103,7 @@ def test_c_is_left_out_where_there_is_no_compiler(epoch, monkeypatch):
         epoch.epoch_c.c_epoch(epoch.make_epoch_problem(None, 40))
 
 
+@pytest.mark.slow
 def test_c_leaves_subnormal_numbers_as_they_are(epoch):
     try:
         epoch.epoch_c._library()
@@ -107,6 +112,7 @@ def test_c_leaves_subnormal_numbers_as_they_are(epoch):
     assert np.float64(5e-324) * np.float64(1.0) > 0
 
 
+@pytest.mark.slow
 def test_a_sweep_is_timed_by_the_run(epoch, harness):
     sweep = importlib.import_module("suites.sweep")
     problem = epoch.make_epoch_problem(None, 40, (6, 5, 4))
@@ -129,6 +135,7 @@ def test_pytorch_computes_the_same_epoch_eagerly_and_compiled(epoch, harness):
     assert_all_agree(harness, chosen_from(suite, "PyTorch"))
 
 
+@pytest.mark.slow
 def test_a_compiled_step_of_pytorch_is_left_out_where_there_is_no_compiler(epoch, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr("shutil.which", lambda name: None)
@@ -137,6 +144,7 @@ def test_a_compiled_step_of_pytorch_is_left_out_where_there_is_no_compiler(epoch
         epoch.epoch_peers.in_torch("PyTorch, whole step compiled", problem)
 
 
+@pytest.mark.slow
 def test_a_contender_that_takes_the_sum_for_the_mean_is_left_out(epoch, harness, monkeypatch):
     right = epoch.epoch_peers.batch_gradients
 
@@ -150,6 +158,7 @@ def test_a_contender_that_takes_the_sum_for_the_mean_is_left_out(epoch, harness,
     assert list(result["left_out"]) == ["NumPy, a mini-batch at a time: quadratic cost"]
 
 
+@pytest.mark.slow
 @pytest.mark.mnist
 def test_the_suite_epoch_runs_on_mnist_and_says_so(epoch, harness):
     suite = epoch.epoch_suites(os.environ["SGD_JAX_MNIST_DIR"], n=40)[0]
@@ -181,6 +190,7 @@ def assert_ways_agree(per_example, harness, problem, ways):
     return ours
 
 
+@pytest.mark.slow
 def test_the_contenders_in_jax_answer_every_question_alike(per_example, problems, harness):
     problem = NETWORKS["mlp"](problems)
     ways = [
@@ -195,6 +205,7 @@ def test_the_contenders_in_jax_answer_every_question_alike(per_example, problems
     assert 0 < np.sum(squared_norms > problem.max_norm**2) < len(squared_norms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv", "transformer"])
 def test_norms_of_the_other_networks_are_those_of_vmap(per_example, problems, harness, name):
     problem = NETWORKS[name](problems)
@@ -203,6 +214,7 @@ def test_norms_of_the_other_networks_are_those_of_vmap(per_example, problems, ha
     assert_ways_agree(per_example, harness, problem, norms)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_contenders_in_pytorch_agree_or_are_left_out_with_their_reason(
@@ -218,6 +230,7 @@ def test_contenders_in_pytorch_agree_or_are_left_out_with_their_reason(
     assert all(row["peak_bytes"] > 0 for row in result["rows"])
 
 
+@pytest.mark.slow
 def test_all_strategies_and_both_routes_of_the_small_tables_agree(per_example, harness):
     tiny = per_example.tiny_suite(4, (6, 5, 4))
     routes = per_example.routes_suite(4, 6, n=3, lengths=(2, 5))
@@ -228,6 +241,7 @@ def test_all_strategies_and_both_routes_of_the_small_tables_agree(per_example, h
     assert chosen == ["Gram route, chosen", "outer-product route, chosen"]
 
 
+@pytest.mark.slow
 def test_the_contenders_of_the_suite_moments_agree(harness):
     (suite,) = importlib.import_module("suites.moments").moments_suites(n=20)
     result = harness.measure(suite, num_rounds=1)
@@ -235,6 +249,7 @@ def test_the_contenders_of_the_suite_moments_agree(harness):
     assert len(result["rows"]) == len(suite.contenders) == 5
 
 
+@pytest.mark.slow
 def test_memory_is_what_is_in_between_and_what_comes_out(per_example):
     x = jnp.ones(1000, jnp.float32)
     prepared = per_example.compiled(lambda x: jnp.sort(x) + x, x)
@@ -250,12 +265,14 @@ def start_up():
     return importlib.import_module("suites.start_up")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [1, 2])
 def test_a_start_comes_to_its_first_step(start_up, index):
     (suite,) = start_up.start_up_suites()
     suite.contenders[index].make().run()
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_is_not_timed(start_up, monkeypatch, capfd):
     with pytest.raises(subprocess.CalledProcessError):
         start_up._process("raise SystemExit('no step')", start_up._without_cache).run()
@@ -281,12 +298,14 @@ def gpu():
     jax.config.update("jax_default_matmul_precision", before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is an accelerator")
 def test_without_an_accelerator_the_suite_gpu_refuses_and_says_how_to_try_it(gpu):
     with pytest.raises(RuntimeError, match=r"computes on the CPU; expected a GPU or TPU.*--tiny"):
         gpu.gpu_suites()
 
 
+@pytest.mark.slow
 def test_an_epoch_and_a_sweep_of_the_suite_gpu_agree_at_tiny_sizes(gpu, harness):
     suites = gpu.epochs_suite(None, 40, (10, 40)), gpu.sweeps_suite(None, 40, (1, 3))
     for suite in suites:
@@ -456,6 +475,7 @@ def rows(*names, question=""):
     return [{"contender": n, "question": question, "ratio": 0.5 + k} for k, n in enumerate(names)]
 
 
+@pytest.mark.slow
 def test_the_figure_shows_the_main_tables_of_the_suites_that_are_there(tmp_path):
     figure = importlib.import_module("suites.figure")
     tables = {
@@ -482,6 +502,7 @@ def test_a_figure_of_nothing_is_refused(benchmark, tmp_path):
     assert not (tmp_path / "benchmark.png").exists()
 
 
+@pytest.mark.slow
 def test_the_program_refuses_a_bad_flag_by_name():
     command = [sys.executable, SCRIPTS / "benchmark.py", "--num_rounds=0"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -68,6 +68,7 @@ def run(environment, *words, program="sgd-jax"):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_wheel_is_typed_small_and_holds_the_two_packages_alone(distributions):
     wheel, _ = distributions
     assert wheel.stat().st_size < 1_000_000
@@ -84,6 +85,7 @@ def test_the_wheel_is_typed_small_and_holds_the_two_packages_alone(distributions
     assert sources <= set(names)
 
 
+@pytest.mark.slow
 def test_the_sdist_builds_the_same_wheel(distributions, tmp_path):
     wheel, sdist = distributions
     with tarfile.open(sdist) as archive:
@@ -94,6 +96,7 @@ def test_the_sdist_builds_the_same_wheel(distributions, tmp_path):
     assert (tmp_path / wheel.name).read_bytes() == wheel.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_installed_command_shows_its_version_help_and_an_unknown_word(environment):
     assert run(environment, "--version").stdout == f"sgd_jax {sj.__version__}\n"
     shown = run(environment, "--help")
@@ -105,6 +108,7 @@ def test_the_installed_command_shows_its_version_help_and_an_unknown_word(enviro
     assert len(wrong.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_installed_command_trains_and_reports(environment):
     trained = run(environment, "train", "--smoke", "--epochs=1", "--run_name=mine")
     assert trained.returncode == 0, trained.stderr
@@ -115,6 +119,7 @@ def test_the_installed_command_trains_and_reports(environment):
     assert (folder / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_without_the_extra_help_works_and_a_program_says_what_to_install(environment):
     without = "import sys; sys.modules['matplotlib'] = None; from experiments.__main__ import main"
     shown = run(environment, "-c", f"{without}; main(['--help'])", program="python")

@@ -50,12 +50,14 @@ def rejects(row, factor):
     return abs(row["measured"] - factor * row["predicted"]) > 5 * row["standard_error"]
 
 
+@pytest.mark.slow
 def test_there_is_a_row_for_each_scheme_and_size_each_once_and_in_order(table):
     assert [(row["scheme"], row["batch_size"]) for row in table["rows"]] == [
         (scheme, m) for scheme in _comparison.SCHEMES for m in SIZES
     ]
 
 
+@pytest.mark.slow
 def test_measured_errors_follow_the_laws_and_reject_others(table):
     rows = [row for row in table["rows"] if row["ratio"] is not None]
     assert len(rows) == len(_comparison.SCHEMES) + 2
@@ -66,6 +68,7 @@ def test_measured_errors_follow_the_laws_and_reject_others(table):
         assert row["ratio"] == pytest.approx(row["measured"] / row["predicted"])
 
 
+@pytest.mark.slow
 def test_the_finite_population_factor_is_needed_at_a_quarter_of_the_examples(table):
     (row,) = (
         row
@@ -75,6 +78,7 @@ def test_the_finite_population_factor_is_needed_at_a_quarter_of_the_examples(tab
     assert rejects(row, (N - 1) / (N - 50))
 
 
+@pytest.mark.slow
 def test_the_error_is_zero_at_m_equal_to_n_unless_drawn_with_replacement(table):
     scale = table["point"]["squared_norm"]
     for row in table["rows"]:
@@ -85,6 +89,7 @@ def test_the_error_is_zero_at_m_equal_to_n_unless_drawn_with_replacement(table):
             assert row["cosine_95"] <= 1 + 1e-12
 
 
+@pytest.mark.slow
 def test_the_cosine_of_means_is_the_law_and_the_mean_cosine_close_to_it(table):
     for row in table["rows"]:
         law = 1 / np.sqrt(1 + row["predicted"] / table["point"]["squared_norm"])
@@ -93,6 +98,7 @@ def test_the_cosine_of_means_is_the_law_and_the_mean_cosine_close_to_it(table):
         assert row["mean_cosine"] == pytest.approx(law, abs=0.12)
 
 
+@pytest.mark.slow
 def test_csv_json_and_report_hold_the_same_table(folder, table):
     with open(folder / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -108,6 +114,7 @@ def test_csv_json_and_report_hold_the_same_table(folder, table):
     assert json.loads((folder / "summary.json").read_text())["status"] == "complete"
 
 
+@pytest.mark.slow
 def test_every_cell_of_a_row_stands_under_its_label(table):
     row = table["rows"][0]
     shown = dict(
@@ -118,6 +125,7 @@ def test_every_cell_of_a_row_stands_under_its_label(table):
     assert float(shown["gradient, µs"]) == pytest.approx(1e6 * row["gradient_seconds"], abs=0.06)
 
 
+@pytest.mark.slow
 def test_a_run_is_compared_at_its_last_checkpoint_and_stays_as_it_is(trained, capsys):
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     out_dir = trained.parent
@@ -198,6 +206,7 @@ def test_bad_input_is_told_before_any_work(arguments, message, tmp_path, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_is_no_training_of_this_network_is_refused(folder, trained, tmp_path, capsys):
     def message(*arguments):
         assert call(compare_gradients, f"--out_dir={tmp_path}", *arguments) == 2
@@ -215,6 +224,7 @@ def test_what_is_no_training_of_this_network_is_refused(folder, trained, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
 
 
+@pytest.mark.slow
 def test_no_run_is_overwritten(folder, capsys):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert call(compare_gradients, f"--out_dir={folder.parent}", "--run_name=all") == 2

@@ -156,6 +156,7 @@ def test_measuring_noise_changes_nothing_of_the_training(folder):
                 assert tracked[name] == record[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["norm_test", "cabs"])
 def test_an_adaptive_run_grows_as_the_rule_says_and_resumes_bit_for_bit(rule, tmp_path):
     arguments = (f"--batch_size=adaptive:{rule}", "--noise_examples=60", f"--out_dir={tmp_path}")

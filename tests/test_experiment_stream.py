@@ -72,6 +72,7 @@ def order_of(epoch, seed=7):
 # --- The same as in memory ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_trained_and_measured_is_that_in_memory_on_the_same_mini_batches(
     config, monkeypatch
 ):
@@ -100,6 +101,7 @@ def test_what_is_trained_and_measured_is_that_in_memory_on_the_same_mini_batches
     assert streamed.state.step.tolist() == [2 * len(orders[0])]
 
 
+@pytest.mark.slow
 def test_seeds_that_are_streamed_together_do_what_each_does_alone(config):
     together = train.run(dataclasses.replace(config, num_seeds=2, epochs=1))
     alone = train.run(dataclasses.replace(config, seed=8, epochs=1))
@@ -124,6 +126,7 @@ def whole(folder, tmp_path_factory):
     return out_dir / "whole"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("save_every", "stop", "goes_on"), [(2, 3, 2)])
 def test_a_run_stopped_within_an_epoch_goes_on_there_bit_for_bit(
     folder, whole, tmp_path, monkeypatch, capsys, save_every, stop, goes_on
@@ -155,6 +158,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_there_bit_for_bit(
     assert not (run / "checkpoints_within_epoch").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_within_an_epoch_is_not_used(folder, whole, tmp_path, capsys):
     """Everything but the states is as after the second epoch: only the damage keeps them out."""
     arguments = command_line(folder, tmp_path, "--seed=7", "--run_name=mine")

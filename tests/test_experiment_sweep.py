@@ -31,6 +31,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "rate", "index"), [(20, 1.0, 0), (50, 10.0, 1)])
 def test_each_run_is_that_of_train(swept, batch_size, rate, index):
     config = Config(
@@ -48,6 +49,7 @@ def test_each_run_is_that_of_train(swept, batch_size, rate, index):
         assert all(0 < of_seed[index] < 1 for of_seed in record["cost"])
 
 
+@pytest.mark.slow
 def test_tables_sum_up_the_runs(swept):
     table, each = rows(swept / "table.csv"), rows(swept / "runs.csv")
     assert len(table) == 4
@@ -71,6 +73,7 @@ def test_tables_sum_up_the_runs(swept):
     assert (swept / "figures" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [2, 3])
 def test_an_interrupted_sweep_resumes_bit_for_bit(swept, stop_after, monkeypatch, capsys):
     """Stopped between the two sizes, and within the second."""
@@ -126,6 +129,7 @@ def test_bad_settings_are_refused_before_any_work(arguments, message, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_sweep_resumes_with_its_own_settings_only(swept, capsys):
     arguments = (f"--out_dir={swept.parent}", "--run_name=whole", "--resume")
     assert call(*arguments, "--learning_rates=1,30") == 2

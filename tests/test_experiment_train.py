@@ -204,6 +204,7 @@ def test_an_epoch_is_that_of_the_book_in_an_order_of_its_own(tiny):
             np.testing.assert_allclose(w, expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_seeds_trained_together_do_what_each_does_alone(tiny):
     config = Config(dataset=str(tiny), batch_size=4, epochs=3, seed=5, num_seeds=3, dtype="float64")
     together = train.run(config)
@@ -327,6 +328,7 @@ def test_two_epochs_and_two_more_equal_four(tiny, tmp_path, capsys):
     assert "has trained 4 already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_bit_for_bit(tiny, tmp_path):
     arguments = command_line(tiny, tmp_path, "--epochs=30", "--momentum=0.5")
     whole = start(*arguments, "--run_name=whole")

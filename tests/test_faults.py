@@ -154,6 +154,7 @@ def test_two_processes_stopped_and_then_one_of_them_killed_say_so_and_the_run_go
 # Stopped
 
 
+@pytest.mark.slow
 def test_sigterm_and_sigint_leave_with_143_and_130_and_the_run_goes_on(place):
     folder = runs.RunFolder(place / "runs" / "stopped")
     first = Program(place, *SETTINGS, "--run_name=stopped", "--epochs=60")
@@ -191,6 +192,7 @@ def long_epochs(place):
     program.wait()
 
 
+@pytest.mark.slow
 def test_a_second_process_on_a_folder_is_refused_and_the_first_named(place, long_epochs):
     program, folder = long_epochs
     second = Program(place, "--run_name=long", "--resume")
@@ -206,6 +208,7 @@ def test_a_second_process_on_a_folder_is_refused_and_the_first_named(place, long
     assert program.poll() is None
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_middle_of_an_epoch_does_not_wait_for_its_end(place, long_epochs):
     program, folder = long_epochs
     program.send(signal.SIGTERM)
@@ -243,6 +246,7 @@ def in_the_midst(log, shielded):
     log.write_text(log.read_text() + " and stopped")
 
 
+@pytest.mark.slow
 def test_a_signal_waits_for_what_is_being_saved_and_a_second_one_for_nothing(tmp_path):
     saving = FORKS.Process(target=in_the_midst, args=(tmp_path / "saving", True))
     hung = FORKS.Process(target=in_the_midst, args=(tmp_path / "hung", False))
@@ -283,6 +287,7 @@ def swallowing(log):
         log.write_text(log.read_text() + " once")
 
 
+@pytest.mark.slow
 def test_a_signal_that_python_swallows_stops_the_program_all_the_same_and_once(tmp_path):
     process = FORKS.Process(target=swallowing, args=(tmp_path / "log",))
     process.start()
@@ -313,6 +318,7 @@ def small_disk(place):
 BIGGER = ["--sizes=64,100,10", "--batch_size=100", "--epochs=4"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_the_last_checkpoint_is_intact_and_the_run_goes_on(
     place, small_disk
 ):
@@ -341,6 +347,7 @@ def test_a_full_disk_is_an_error_the_last_checkpoint_is_intact_and_the_run_goes_
     assert faults.metrics(folder.path) == faults.metrics(place / "runs" / "whole")
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_is_an_error_and_the_run_goes_on(place):
     limited = Program(place, *SETTINGS, "--epochs=60", "--run_name=limited", limit=10_000)
     assert limited.wait() == 1, limited.printed()
@@ -483,6 +490,7 @@ def blind(path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [

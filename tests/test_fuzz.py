@@ -12,6 +12,7 @@ import fuzz
 from fuzzing import mutations, readers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "share"), fuzz._SHARES.items())
 def test_damaged_files_are_refused_by_name_or_still_good(kind, share):
     found = fuzz.fuzz(kind, 20 * share, seed=7)

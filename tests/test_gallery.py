@@ -65,6 +65,7 @@ def column(rows, name):
 # nielsen
 
 
+@pytest.mark.slow
 def test_the_chapter_is_trained_and_its_rows_are_what_the_curves_say(tmp_path, monkeypatch):
     monkeypatch.setattr(nielsen, "CHAPTER", (nielsen.CHAPTER[3], nielsen.CHAPTER[4]))
     run = smoke(nielsen, tmp_path, "--num_seeds=3")
@@ -202,6 +203,7 @@ def test_the_change_of_a_quadratic_is_as_expected_over_every_mini_batch(regressi
     assert sorted(set(steps.cosine.round(9))) == sorted(set(cosines.round(9)))
 
 
+@pytest.mark.slow
 def test_steps_are_measured_along_the_training(tmp_path):
     run = smoke(directions, tmp_path, "--batch_sizes=10", "--epochs=1")
     rows, rates = table(run / "table.csv"), table(run / "learning_rates.csv")
@@ -240,6 +242,7 @@ def test_the_plane_holds_what_the_two_largest_directions_hold():
     assert (first[-1] @ plane.T > 0).all()
 
 
+@pytest.mark.slow
 def test_sgd_walks_as_an_epoch_does_and_gradient_descent_takes_all_examples():
     _, dataset = _starting_point.prepare({"smoke": True, "dtype": "float64"})
     fun, _ = _classifier.example_functions("quadratic", 10, dataset.scale, np.float64)
@@ -256,6 +259,7 @@ def test_sgd_walks_as_an_epoch_does_and_gradient_descent_takes_all_examples():
         np.testing.assert_array_equal(walk[0], jax.flatten_util.ravel_pytree(start)[0])
 
 
+@pytest.mark.slow
 def test_both_paths_are_shown_and_animated_on_one_plane(tmp_path):
     run = smoke(landscape, tmp_path, "--epochs=1")
     rows = table(run / "table.csv")
@@ -301,6 +305,7 @@ def test_gradients_of_a_round_are_counted_one_by_one():
         assert _sampler_rounds.gradients_of_round(name, 203, 10) == before + 20 * each
 
 
+@pytest.mark.slow
 def test_the_least_cost_of_the_convex_problem_is_that_of_another_solver():
     asked = Asked(
         samplers.Config(l2=0.1), *_starting_point.prepare({"smoke": True, "dtype": "float64"})
@@ -336,6 +341,7 @@ def test_the_fit_finds_the_trade_that_steps_were_made_from():
     assert 88 <= inside <= 100  # of intervals of 95 %
 
 
+@pytest.mark.slow
 def test_steps_to_the_target_are_counted_for_every_learning_rate_and_interpolated():
     def fun(params, example):
         return -params[0].biases[0] + 0 * example.inputs[0]  # a step adds η to the bias

@@ -184,6 +184,7 @@ print("four devices agree with one")
 """
 
 
+@pytest.mark.slow
 def test_four_devices_under_shard_map_agree_with_one():
     environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4")
     environment["JAX_PLATFORMS"] = "cpu"

@@ -51,9 +51,8 @@ def is_close(a, b):
 
 
 def code_pages():
-    slow = {"docs/tutorial.md", "docs/how_to/model.md"}
     for page in filter(has_code, PAGES):
-        marks = [pytest.mark.slow] if name_of(page) in slow else []
+        marks = [] if name_of(page) == "README.md" else [pytest.mark.slow]
         yield pytest.param(page, marks=marks, id=name_of(page))
 
 

@@ -42,6 +42,7 @@ def start(*arguments, **environment):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_flag_decides_before_jax_starts_and_the_run_names_the_device(tmp_path):
     done = start("--platform=cpu", f"--out_dir={tmp_path}", "--run_name=r", JAX_PLATFORMS="tpu")
     assert done.returncode == 0, done.stderr

@@ -94,11 +94,13 @@ def assert_same_records(found, expected):
                 assert line[name] == pytest.approx(other[name], rel=1e-11, abs=1e-13), name
 
 
+@pytest.mark.slow
 def test_two_processes_and_then_four_train_as_one_does(trained, alone):
     folder, _ = trained
     assert_same_records(folder.read_metrics(), alone)
 
 
+@pytest.mark.slow
 def test_only_the_first_process_writes_and_prints(trained):
     folder, outputs = trained
     is_said = ["run folder:" in output for output in outputs]
@@ -110,6 +112,7 @@ def test_only_the_first_process_writes_and_prints(trained):
     assert folder.read_summary()["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_four_processes_is_read_by_one(trained):
     folder, _ = trained
     config = Config(dtype="float64", smoke=True, epochs=3)
@@ -125,6 +128,7 @@ def test_a_checkpoint_of_four_processes_is_read_by_one(trained):
     assert_same_records(gone_on, undisturbed[3:])
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_see_the_folder_of_the_first_says_what_to_share(
     tmp_path, trained, monkeypatch
 ):
@@ -175,6 +179,7 @@ def streamed(tmp_path_factory):
     return folder, out_dir
 
 
+@pytest.mark.slow
 def test_two_processes_stream_as_one_does(streamed, tmp_path):
     folder, out_dir = streamed
     assert streamed_together.run(*streamed_together.arguments(folder, tmp_path)) == 0
@@ -184,12 +189,14 @@ def test_two_processes_stream_as_one_does(streamed, tmp_path):
     assert all(line["noise_trace"] > 0 for line in records)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_within_an_epoch_bit_for_bit(streamed):
     _, out_dir = streamed
     assert_same_run(out_dir / "whole", out_dir / "two")
     assert not (out_dir / "two" / "checkpoints_within_epoch").exists()
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_within_the_epoch_where_two_were_stopped(streamed, monkeypatch):
     _, out_dir = streamed
     started = []
@@ -220,6 +227,7 @@ def both(tmp_path_factory):
     return [dict(np.load(path)) for path in paths]
 
 
+@pytest.mark.slow
 def test_examples_of_which_each_process_has_half_give_the_numbers_of_all(both):
     examples = jax.tree.map(lambda leaf: leaf[: joined.ROWS], eight_devices.problem()[1])
     expected = eight_devices.flat("", joined.answers(None, examples, examples))
@@ -230,6 +238,7 @@ def test_examples_of_which_each_process_has_half_give_the_numbers_of_all(both):
             np.testing.assert_allclose(found[name], value, rtol=0, atol=scale, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_first_process_tells_the_others_what_it_found_or_why_not(both):
     first, second = (list(found["told"]) for found in both)
     assert first == [
@@ -282,6 +291,7 @@ def test_what_differs_between_processes_is_named_with_values_and_processes():
     )
 
 
+@pytest.mark.slow
 def test_processes_need_the_same_number_of_devices():
     processes._check_device_counts({0: 2, 1: 2})
     with pytest.raises(ValueError, match="is 2 in process 0 and 1 in process 1"):
@@ -374,6 +384,7 @@ def test_a_port_that_is_taken_a_host_that_is_not_known_and_no_process_0_are_told
             processes.initialize("nowhere.invalid:1234", 2, process_id)
 
 
+@pytest.mark.slow
 def test_who_waits_in_vain_for_the_others_says_so_and_ends():
     script = (
         "import sys; from sgd_jax import processes; "

@@ -31,6 +31,7 @@ def on_devices(tmp_path_factory):
         return dict(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", eight_devices.RESULTS)
 def test_the_number_of_devices_changes_nothing_beyond_rounding(on_devices, name):
     function, nums = eight_devices.RESULTS[name]
@@ -48,6 +49,7 @@ def test_the_number_of_devices_changes_nothing_beyond_rounding(on_devices, name)
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * scale, err_msg=key)
 
 
+@pytest.mark.slow
 def test_a_step_sums_the_gradient_and_the_cost_over_devices_and_little_else(on_devices):
     params, _ = eight_devices.problem()
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -58,12 +60,14 @@ def test_a_step_sums_the_gradient_and_the_cost_over_devices_and_little_else(on_d
     assert rest == 8 * num_steps  # outside the loop: how many examples each mini-batch has
 
 
+@pytest.mark.slow
 def test_of_examples_that_are_cut_only_the_rows_named_are_sent(on_devices):
     assert list(on_devices["row_kinds"]) == ["reduce-scatter"]
     kept = 16 // 8 * eight_devices.SIZES[0]  # numbers that stay on a device
     assert list(on_devices["row_bytes"]) == [8 * kept]
 
 
+@pytest.mark.slow
 def test_of_examples_that_each_device_takes_from_its_own_none_is_sent(on_devices):
     params, _ = eight_devices.problem()
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -72,6 +76,7 @@ def test_of_examples_that_each_device_takes_from_its_own_none_is_sent(on_devices
     assert sizes == [8 * 4, 8 * (num_parameters + 1)]  # how many each of 4 mini-batches has
 
 
+@pytest.mark.slow
 def test_own_rows_that_the_devices_do_not_divide_are_refused(on_devices):
     of_examples, of_batches = on_devices["own_row_refusals"]
     assert "own_rows is set with n = 39, no multiple of the 8 devices" in of_examples

@@ -62,6 +62,7 @@ def starts(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_the_second_start_takes_every_program_small_ones_too_from_the_cache(starts):
     first, second = starts
     assert (first["exit_code"], second["exit_code"]) == (0, 0)
@@ -71,6 +72,7 @@ def test_the_second_start_takes_every_program_small_ones_too_from_the_cache(star
     assert second["cache_misses"] == 0
 
 
+@pytest.mark.slow
 def test_no_step_waits_for_plotting_or_scikit_learn(starts):
     assert starts[0]["imported"] == []
 
