@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         program = find_program(first)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, _end_at_once)  # until the program takes its signals
-        importlib.import_module("sgd_jax.runs")  # which says what to install
+        importlib.import_module(f"{__package__}.runs")  # which says what to install
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

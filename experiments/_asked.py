@@ -13,7 +13,7 @@ from experiments._cli import HelpGroups
 from experiments._config import Config as Training
 from experiments._tabled import Answer, Own, Row, Show, Table
 from sgd_jax import data
-from sgd_jax._typing import Array, CostFn, Params
+from sgd_jax.typing import Array, CostFn, Params
 
 
 class Asked(NamedTuple, Generic[Own]):

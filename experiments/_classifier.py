@@ -12,12 +12,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sgd_jax as sj
-from sgd_jax import sharding
 from sgd_jax._chunks import chunks, vary_like
 from sgd_jax._tree import tree_norm
-from sgd_jax._typing import Array, CostFn, Params
 from sgd_jax.data import Dataset, Examples
+from sgd_jax.distributed import sharding
 from sgd_jax.networks import InitScheme
+from sgd_jax.typing import Array, CostFn, Params
 
 Cost = Literal["quadratic", "cross_entropy"]
 
@@ -228,7 +228,7 @@ def example_functions(
         y = jax.nn.one_hot(example.labels, num_classes, dtype=dtype)
         if cost == "quadratic":
             return sj.quadratic_cost(sj.feedforward(params, x), y)
-        return sj.logit_cross_entropy_cost(sj.weighted_input(params, x), y)
+        return sj.logit_cross_entropy_cost(sj.networks.weighted_input(params, x), y)
 
     def output(params: Params, stored: Array) -> Array:
         return sj.feedforward(params, scaled(stored))

@@ -14,8 +14,8 @@ import jax
 from absl import app, flags, logging
 
 from experiments import _platform, _processes, _signals
-from sgd_jax import processes
-from sgd_jax import runs as _runs  # noqa: F401  # says what to install where that is not done
+from experiments import runs as _runs  # noqa: F401  # says what to install where that is not done
+from sgd_jax.distributed import processes
 
 HelpGroups = Mapping[str, Sequence[flags.FlagHolder]]
 """Flags by the heading that --help shows them under."""

@@ -12,18 +12,21 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from experiments._starting_point import StartingPoint
-from sgd_jax import sampling, sharding
+from sgd_jax import sampling
 from sgd_jax._chunks import vary_like
 from sgd_jax._tree import tree_dot
-from sgd_jax._typing import Array, CostFn, Params
-from sgd_jax.allocation import neyman_allocation, optimal_probabilities, proportional_allocation
-from sgd_jax.control_variate import difference
 from sgd_jax.data import Examples
-from sgd_jax.estimates import expected_squared_error
-from sgd_jax.moment_streams import gradient_moments
-from sgd_jax.moments import GradientMoments
+from sgd_jax.distributed import sharding
+from sgd_jax.estimation import GradientMoments, expected_squared_error, gradient_moments
+from sgd_jax.estimation.svrg import difference
 from sgd_jax.per_example import per_example_grad
-from sgd_jax.sampling import Sample
+from sgd_jax.sampling import (
+    Sample,
+    neyman_allocation,
+    optimal_probabilities,
+    proportional_allocation,
+)
+from sgd_jax.typing import Array, CostFn, Params
 
 _CHUNK_SIZE = 1000  # examples whose gradients are taken together where all n are
 _BLOCK_BYTES = 1 << 25  # what the estimates of one block may take

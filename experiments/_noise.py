@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import _classifier
+from experiments import _classifier, runs
 from experiments._config import Config
-from sgd_jax import data, runs, sampling
-from sgd_jax._typing import Array, Params
-from sgd_jax.moment_streams import gradient_moments
-from sgd_jax.noise_scale import NoiseParts, NoiseScale, Of, noise_scale
+from sgd_jax import data, sampling
+from sgd_jax.estimation import gradient_moments
+from sgd_jax.estimation.noise import NoiseParts, NoiseScale, Of, noise_scale
+from sgd_jax.typing import Array, Params
 
 _CHUNK_SIZE = 1000
 _STREAM = 0x6E6F6973  # sets the keys of measurements apart from those of training

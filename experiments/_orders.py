@@ -12,8 +12,8 @@ import numpy as np
 import sgd_jax as sj
 from experiments import _classifier
 from sgd_jax import sampling
-from sgd_jax._typing import Array
-from sgd_jax.quadratic import epoch_fixed_point, expected_squared_distance
+from sgd_jax.estimation.quadratic import epoch_fixed_point, expected_squared_distance
+from sgd_jax.typing import Array
 
 ORDERS = ("with_replacement", "reshuffling", "fixed_order", "cyclic", "sorted")
 DRAWN = ORDERS[:3]

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from sgd_jax import runs
+from experiments import runs
 
 PLATFORM = flags.DEFINE_enum(
     "platform",

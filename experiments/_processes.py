@@ -10,7 +10,7 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from sgd_jax import processes, sharding
+from sgd_jax.distributed import processes, sharding
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",

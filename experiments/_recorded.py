@@ -14,10 +14,11 @@ import jax
 import numpy as np
 
 import sgd_jax as sj
-from experiments import _cli, _platform, _signals
+from experiments import _cli, _platform, _signals, runs
 from experiments._console import TrainingDisplay
 from experiments._within_epoch import PartCheckpoints, Progress
-from sgd_jax import data, processes, runs
+from sgd_jax import data
+from sgd_jax.distributed import processes
 
 
 class DivergenceError(ArithmeticError):

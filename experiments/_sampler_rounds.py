@@ -12,10 +12,10 @@ import numpy as np
 import sgd_jax as sj
 from sgd_jax import sampling
 from sgd_jax._tree import tree_axpy, tree_dot
-from sgd_jax._typing import Array, CostFn, Params
-from sgd_jax.allocation import optimal_probabilities, proportional_allocation
-from sgd_jax.control_variate import control_variate, difference, refresh
-from sgd_jax.estimates import expected_squared_error
+from sgd_jax.estimation import expected_squared_error
+from sgd_jax.estimation.svrg import control_variate, difference, refresh
+from sgd_jax.sampling import optimal_probabilities, proportional_allocation
+from sgd_jax.typing import Array, CostFn, Params
 
 SAMPLERS = ("uniform", "stratified", "importance", "svrg")
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)

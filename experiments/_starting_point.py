@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import _classifier, _recorded, train
+from experiments import _classifier, _recorded, runs, train
 from experiments._config import Config, load, make_optimizer, read_config, resolve
 from experiments._recorded import Output
-from sgd_jax import data, processes, runs, sharding
-from sgd_jax._typing import CostFn, Params
+from sgd_jax import data
 from sgd_jax.data import Examples
+from sgd_jax.distributed import processes, sharding
+from sgd_jax.typing import CostFn, Params
 
 
 class StartingPoint(NamedTuple):

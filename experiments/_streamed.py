@@ -15,12 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import sgd_jax as sj
 from experiments import _classifier
 from experiments._classifier import PARTS, Part, Programs, Totals
-from sgd_jax import data, sharding
+from sgd_jax import data
 from sgd_jax._tree import tree_norm
-from sgd_jax._typing import Array, Params
 from sgd_jax.data import Chunk, Examples
-from sgd_jax.data.streams import Source
+from sgd_jax.data._streams import Source
+from sgd_jax.distributed import sharding
 from sgd_jax.networks import InitScheme
+from sgd_jax.typing import Array, Params
 
 Element = TypeVar("Element")
 

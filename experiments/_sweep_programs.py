@@ -11,8 +11,9 @@ import numpy as np
 import sgd_jax as sj
 from experiments import _classifier
 from experiments._config import Config, make_optimizer
-from sgd_jax import data, sharding
-from sgd_jax._typing import Array, Params
+from sgd_jax import data
+from sgd_jax.distributed import sharding
+from sgd_jax.typing import Array, Params
 
 
 class SweepPrograms(NamedTuple):

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from matplotlib.figure import Figure
 
-from experiments import _flags, _recorded, _signals
+from experiments import _flags, _recorded, _signals, runs
 from experiments._cli import HelpGroups
 from experiments._console import TableDisplay
 from experiments._recorded import Output
-from sgd_jax import processes, runs
+from sgd_jax.distributed import processes
 
 Row = dict[str, Any]
 """A line of a table: values by name, None where there is none."""

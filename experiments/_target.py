@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sgd_jax as sj
-from sgd_jax._typing import Array, CostFn, Params
+from sgd_jax.typing import Array, CostFn, Params
 
 RATES = tuple(2.0**k for k in range(-3, 6))
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import sgd_jax as sj
-from sgd_jax import processes, runs
+from experiments import runs
+from sgd_jax.distributed import processes
 
 
 class Progress(NamedTuple):

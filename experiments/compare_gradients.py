@@ -35,11 +35,11 @@ from experiments import (
     _recorded,
     _starting_point,
     _tabled,
+    runs,
 )
 from experiments._config import check_fields, fill_batch_sizes
 from experiments._starting_point import StartingPoint
 from experiments._tabled import Column
-from sgd_jax import runs
 
 _SMOKE = {"num_draws": 200, "min_drawn": 0, "batch_sizes": (10, 0)}
 _TRAINING = {"epochs": 5}

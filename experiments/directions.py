@@ -35,14 +35,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import sgd_jax as sj
-from experiments import _asked, _cli, _flags, _tabled, train
+from experiments import _asked, _cli, _flags, _tabled, runs, train
 from experiments._asked import Asked, show_nothing
 from experiments._config import check_fields, fill_batch_sizes
 from experiments._tabled import Column
-from sgd_jax import runs, sampling
+from sgd_jax import sampling
 from sgd_jax._tree import tree_axpy, tree_dot, tree_norm
-from sgd_jax._typing import Array, CostFn, Params
-from sgd_jax.noise_scale import curvature_noise_scale
+from sgd_jax.estimation.noise import curvature_noise_scale
+from sgd_jax.typing import Array, CostFn, Params
 
 _CHUNK_SIZE = 1000
 _SMOKE = {"num_steps": 20, "num_probes": 10}

@@ -39,7 +39,7 @@ from experiments._asked import Asked, show_nothing
 from experiments._config import check_fields
 from experiments._tabled import Column
 from sgd_jax import sampling
-from sgd_jax._typing import Array, CostFn, Examples, Params
+from sgd_jax.typing import Array, CostFn, Examples, Params
 
 _COLORS = {"SGD": "#cc3355", "gradient descent": "#4477aa"}
 _SMOKE = {"num_frames": 3, "grid": 7}

@@ -29,10 +29,10 @@ from absl import flags
 from matplotlib.figure import Figure
 
 import sgd_jax as sj
-from experiments import _cli, _processes, _recorded, _starting_point, _tabled, train
+from experiments import _cli, _processes, _recorded, _starting_point, _tabled, runs, train
 from experiments._config import Config
 from experiments._tabled import Column, Table
-from sgd_jax import data, runs
+from sgd_jax import data
 
 _TRAINING = {"epochs": 15}
 _LAYER_COLORS = ("#ccaa22", "#aa3377", "#66ccee", "#cc3355")

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import _cli, _recorded
-from sgd_jax import runs
+from experiments import _cli, _recorded, runs
 
 _OUTPUT = flags.DEFINE_string(
     "output",

@@ -35,13 +35,12 @@ from absl import flags
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments import _asked, _classifier, _cli, _tabled
+from experiments import _asked, _classifier, _cli, _tabled, runs
 from experiments._asked import Asked, show_nothing
 from experiments._config import check_fields, make_optimizer
 from experiments._orders import DRAWN, ORDERS, Walks, draw_epoch, predict, walk
 from experiments._recorded import DivergenceError
 from experiments._tabled import Column
-from sgd_jax import runs
 
 _COLORS = dict(zip(ORDERS, ("#cc3355", "#4477aa", "#228833", "#ccaa22", "#aa3377"), strict=True))
 _RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)

@@ -57,7 +57,7 @@ from experiments._sampler_rounds import (
 )
 from experiments._tabled import Column
 from sgd_jax._tree import tree_dot
-from sgd_jax._typing import Array, CostFn, Params
+from sgd_jax.typing import Array, CostFn, Params
 
 PROBLEMS = ("convex", "network")
 _COLORS = dict(zip(SAMPLERS, ("#4477aa", "#228833", "#aa3377", "#cc3355"), strict=True))

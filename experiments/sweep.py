@@ -39,11 +39,12 @@ from experiments import (
     _starting_point,
     _sweep_programs,
     _tabled,
+    runs,
 )
 from experiments._config import Config, load, read_config, resolve
 from experiments._recorded import Output
 from experiments._tabled import Column, Row, Table
-from sgd_jax import data, runs
+from sgd_jax import data
 
 _SMOKE = {"learning_rates": (1.0, 10.0), "batch_sizes": (10, 50)}
 _TRAINING = {"num_seeds": 4, "epochs": 10}

@@ -35,11 +35,13 @@ from experiments import (
     _recorded,
     _signals,
     _streamed,
+    runs,
 )
 from experiments._config import Config, load, make_optimizer, read_config, resolve
 from experiments._recorded import DivergenceError, Output
 from experiments._within_epoch import Progress
-from sgd_jax import data, processes, runs
+from sgd_jax import data
+from sgd_jax.distributed import processes
 
 _FREE_TO_CHANGE = frozenset({"epochs", "data_dir"})
 """What may differ when a run is resumed: when it ends, and where the same data now lie."""

@@ -44,7 +44,7 @@ examples = (digits.inputs / 16, labels)
 def fun(params, example):
     """The cost of ONE example: cross-entropy of the right digit."""
     x, label = example
-    logits = sj.weighted_input(params, x)
+    logits = sj.networks.weighted_input(params, x)
     return -jax.nn.log_softmax(logits)[label]
 
 

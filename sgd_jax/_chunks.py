@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sgd_jax import _validate
-from sgd_jax._typing import Array, Examples, PyTree
+from sgd_jax.typing import Array, Examples, PyTree
 
 
 def chunks(

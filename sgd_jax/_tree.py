@@ -6,7 +6,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from sgd_jax._typing import Array, PyTree
+from sgd_jax.typing import Array, PyTree
 
 
 def tree_dot(a: PyTree, b: PyTree) -> Array:

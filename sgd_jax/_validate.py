@@ -11,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from sgd_jax._typing import Examples, Params
+from sgd_jax.typing import Examples, Params
 
 
 def positive_int(name: str, value: Any) -> int:

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from sgd_jax import _validate
-from sgd_jax._typing import Array, CostFn, Examples, Params
+from sgd_jax.typing import Array, CostFn, Examples, Params
+
+__all__ = [
+    "cross_entropy_cost",
+    "logit_cross_entropy_cost",
+    "mean_cost",
+    "quadratic_cost",
+]
 
 
 def quadratic_cost(output: Array, target: Array) -> Array:

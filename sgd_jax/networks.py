@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from sgd_jax import _validate
-from sgd_jax._typing import Array
+from sgd_jax.typing import Array
+
+__all__ = [
+    "InitScheme",
+    "Layer",
+    "Network",
+    "feedforward",
+    "init_network",
+    "weighted_input",
+]
 
 InitScheme = Literal["normal", "scaled"]
 

@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 import sgd_jax as sj
 from experiments import _classifier, train
 from experiments._config import Config
-from sgd_jax import sampling, sharding
+from sgd_jax import sampling
+from sgd_jax.distributed import sharding
 
 N, M, STEPS = 43, 10, 3  # 2 and 8 divide neither n nor, 8, m
 SIZES = (12, 16, 4)
@@ -58,7 +59,7 @@ def moments_of_strata(mesh):
 def curvature(mesh):
     params, examples = problem()
     key = jax.random.key(4)
-    return sj.curvature_noise_scale(fun, params, examples, key=key, num_probes=3, mesh=mesh)
+    return sj.noise.curvature_noise_scale(fun, params, examples, key=key, num_probes=3, mesh=mesh)
 
 
 def samples(mesh):

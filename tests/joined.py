@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import sgd_jax as sj
-from sgd_jax import processes, sharding
+from sgd_jax.distributed import processes, sharding
 
 ROWS = 40  # 20 in each process
 

@@ -16,7 +16,7 @@ import jax
 from absl import flags
 
 from experiments import _recorded, train
-from sgd_jax import processes
+from sgd_jax.distributed import processes
 
 SAVE_EVERY, STOP, NUM_CHUNKS = 2, 3, 5  # chunks, of one mini-batch each
 

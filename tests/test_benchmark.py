@@ -16,36 +16,29 @@ import pytest
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_are_importable():
-    sys.path.insert(0, str(SCRIPTS))
-    yield
-    sys.path.remove(str(SCRIPTS))
-
-
 @pytest.fixture(scope="module")
 def benchmark():
-    return importlib.import_module("benchmark")
+    return importlib.import_module("benchmarks.__main__")
 
 
 @pytest.fixture(scope="module")
 def harness():
-    return importlib.import_module("suites.harness")
+    return importlib.import_module("benchmarks.harness")
 
 
 @pytest.fixture(scope="module")
 def epoch():
-    return importlib.import_module("suites.epoch")
+    return importlib.import_module("benchmarks.epoch")
 
 
 @pytest.fixture(scope="module")
 def per_example():
-    return importlib.import_module("suites.per_example")
+    return importlib.import_module("benchmarks.per_example")
 
 
 @pytest.fixture(scope="module")
 def problems():
-    return importlib.import_module("suites.problems")
+    return importlib.import_module("benchmarks.problems")
 
 
 # The suite `epoch`
@@ -114,7 +107,7 @@ def test_c_leaves_subnormal_numbers_as_they_are(epoch):
 
 @pytest.mark.slow
 def test_a_sweep_is_timed_by_the_run(epoch, harness):
-    sweep = importlib.import_module("suites.sweep")
+    sweep = importlib.import_module("benchmarks.sweep")
     problem = epoch.make_epoch_problem(None, 40, (6, 5, 4))
     suite = sweep.sweep_suite("sweep", problem, num_runs=8)
     assert [c.units for c in suite.contenders] == [1, 1, 8, 8]
@@ -243,7 +236,7 @@ def test_all_strategies_and_both_routes_of_the_small_tables_agree(per_example, h
 
 @pytest.mark.slow
 def test_the_contenders_of_the_suite_moments_agree(harness):
-    (suite,) = importlib.import_module("suites.moments").moments_suites(n=20)
+    (suite,) = importlib.import_module("benchmarks.moments").moments_suites(n=20)
     result = harness.measure(suite, num_rounds=1)
     assert not result["left_out"]
     assert len(result["rows"]) == len(suite.contenders) == 5
@@ -262,7 +255,7 @@ def test_memory_is_what_is_in_between_and_what_comes_out(per_example):
 
 @pytest.fixture(scope="module")
 def start_up():
-    return importlib.import_module("suites.start_up")
+    return importlib.import_module("benchmarks.start_up")
 
 
 @pytest.mark.slow
@@ -294,7 +287,7 @@ def test_cpu_time_is_that_of_processes_too(harness):
 @pytest.fixture
 def gpu():
     before = jax.config.jax_default_matmul_precision
-    yield importlib.import_module("suites.gpu")
+    yield importlib.import_module("benchmarks.gpu")
     jax.config.update("jax_default_matmul_precision", before)
 
 
@@ -477,7 +470,7 @@ def rows(*names, question=""):
 
 @pytest.mark.slow
 def test_the_figure_shows_the_main_tables_of_the_suites_that_are_there(tmp_path):
-    figure = importlib.import_module("suites.figure")
+    figure = importlib.import_module("benchmarks.figure")
     tables = {
         "epoch": [
             {"suite": "epoch", "work": "one epoch", "rows": rows("sgd_jax", "C", "NumPy")},

@@ -16,7 +16,8 @@ from importlib import metadata
 import numpy as np
 import pytest
 
-from sgd_jax.data import Dataset, load, mnist, read_idx
+from sgd_jax.data import Dataset, load, read_idx
+from sgd_jax.data import _mnist as mnist
 
 FILES = tuple(mnist.SOURCES["mnist"].sha256)
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = FILES
@@ -77,7 +78,7 @@ def test_digits_are_uint8_from_0_to_the_scale_and_labels_int32():
 
 def test_the_digits_are_the_same_where_scikit_learn_keeps_its_file_elsewhere(monkeypatch):
     usual = load("digits")
-    monkeypatch.setattr("sgd_jax.data.digits._FILE", "sklearn/elsewhere.csv.gz")
+    monkeypatch.setattr("sgd_jax.data._digits._FILE", "sklearn/elsewhere.csv.gz")
     for part, other in zip(parts(usual), parts(load("digits")), strict=True):
         np.testing.assert_array_equal(part.inputs, other.inputs)
         np.testing.assert_array_equal(part.labels, other.labels)

@@ -10,29 +10,32 @@ import pytest
 import reference
 
 import sgd_jax as sj
-from sgd_jax import _intervals, sampling
-from sgd_jax.estimates import (
-    adascale_gain,
-    cabs_batch_size,
+from sgd_jax import sampling
+from sgd_jax.estimation import (
+    _intervals,
+    _noise_scale,
     expected_cosine,
     expected_squared_error,
+    gradient_moments,
+    subset_errors,
+)
+from sgd_jax.estimation.batch_size import (
+    adascale_gain,
+    cabs_batch_size,
     gradient_diversity,
-    gradient_signal_to_noise,
     inner_product_test,
     norm_test,
     norm_test_batch_size,
     orthogonality_test,
 )
-from sgd_jax.moment_streams import gradient_moments
-from sgd_jax.noise_scale import (
+from sgd_jax.estimation.noise import (
     NoiseParts,
-    _jackknife,
     curvature_noise_scale,
+    gradient_signal_to_noise,
     noise_scale,
     two_batch_noise_parts,
 )
 from sgd_jax.per_example import per_example_grad
-from sgd_jax.subsets import subset_errors
 
 ROWS = np.random.default_rng(0).normal(size=(7, 3)) + 0.5
 W = jnp.zeros(3)
@@ -225,7 +228,7 @@ def leave_one_out_covariance(rows):
 
 def jackknife_of(moments):
     distances = moments.squared_norms - 2 * moments.alignments + moments.squared_norm
-    return _jackknife(distances, moments.alignments - moments.squared_norm, 1.0)
+    return _noise_scale._jackknife(distances, moments.alignments - moments.squared_norm, 1.0)
 
 
 def test_the_jackknife_is_that_of_leaving_each_example_out():
@@ -396,7 +399,7 @@ def network_problem():
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (9, 3), jnp.float64)
     y = jax.random.uniform(keys[1], (9, 2), jnp.float64)
-    fun = lambda w, e: sj.logit_cross_entropy_cost(sj.weighted_input(w, e[0]), e[1])  # noqa: E731
+    fun = lambda w, e: sj.logit_cross_entropy_cost(sj.networks.weighted_input(w, e[0]), e[1])  # noqa: E731
     return fun, sj.init_network(keys[2], (3, 2, 2), dtype=jnp.float64), (x, y)
 
 

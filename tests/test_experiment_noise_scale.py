@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 import sgd_jax as sj
-from experiments import _classifier, _noise, _starting_point, noise_scale, train
+from experiments import _classifier, _noise, _starting_point, noise_scale, runs, train
 from experiments._config import Config, load
-from sgd_jax import runs
-from sgd_jax.moments import GradientMoments
-from sgd_jax.noise_scale import noise_scale as estimate
+from sgd_jax.estimation import GradientMoments
+from sgd_jax.estimation.noise import noise_scale as estimate
 
 N = 200  # training examples of the digits with --smoke
 SEEDS = range(3, 5)

@@ -5,8 +5,7 @@ import json
 import pytest
 from absl import flags
 
-from experiments import report
-from sgd_jax import runs
+from experiments import report, runs
 
 
 def line(epoch, accuracy):

@@ -14,9 +14,9 @@ import pytest
 from test_experiment_train import assert_same_run, main, start
 from test_streams import write_shards
 
-from experiments import _classifier, _recorded, train
+from experiments import _classifier, _recorded, runs, train
 from experiments._config import Config, load
-from sgd_jax import data, runs
+from sgd_jax import data
 
 N, M = 23, 2
 NUM_CHUNKS = 4

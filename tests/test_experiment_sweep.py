@@ -7,9 +7,8 @@ import in_process
 import numpy as np
 import pytest
 
-from experiments import sweep, train
+from experiments import runs, sweep, train
 from experiments._config import Config
-from sgd_jax import runs
 
 GRID = ("--learning_rates=1,10", "--batch_sizes=20,50", "--num_seeds=2", "--epochs=2")
 

@@ -20,10 +20,10 @@ import reference
 from rich.console import Console
 
 import sgd_jax as sj
-from experiments import _classifier, _cli, _flags, _processes, _recorded, train
+from experiments import _classifier, _cli, _flags, _processes, _recorded, runs, train
 from experiments._config import Config, make_optimizer, resolve
 from experiments._console import TrainingDisplay
-from sgd_jax import data, runs
+from sgd_jax import data
 
 ROOT = pathlib.Path(train.__file__).parents[1]
 N = 22  # training examples of the tiny data set: no multiple of the batch size 4 or of a chunk

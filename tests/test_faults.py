@@ -4,7 +4,6 @@ import collections
 import contextlib
 import multiprocessing
 import os
-import pathlib
 import re
 import resource
 import shutil
@@ -22,13 +21,10 @@ import pytest
 from absl import flags
 
 import sgd_jax as sj
-from experiments import _recorded, _signals, train
+from experiments import _recorded, _signals, runs, train
 from experiments._config import Config
-from sgd_jax import data, runs
-
-SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-import faults  # noqa: E402
+from scripts.robustness import faults
+from sgd_jax import data
 
 # Programs are started by a fork of one process that has imported them, which takes a fifth of the
 # time; all else, signals and exit codes, is as a shell would have it.

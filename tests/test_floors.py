@@ -1,45 +1,31 @@
-"""A module of the package imports only from lower floors: DESIGN's table, checked."""
+"""The house: a module imports only from the rooms before its own, and none names a function."""
 
 import ast
 import graphlib
 import pathlib
+import re
 
 import pytest
 
 import sgd_jax
 
 PACKAGE = pathlib.Path(sgd_jax.__file__).parent
-ROOF = ("experiments", "scripts", "tests")
-FLOORS = {  # of a module, or of a sub-package and all that is in it
-    "sgd_jax._typing": 0,
-    "sgd_jax._validate": 0,
-    "sgd_jax._tree": 0,
-    "sgd_jax._version": 0,
-    "sgd_jax.sharding": 0,
-    "sgd_jax.processes": 0,
-    "sgd_jax.costs": 1,
-    "sgd_jax.networks": 1,
-    "sgd_jax._chunks": 1,
-    "sgd_jax._intervals": 1,
-    "sgd_jax.sampling": 1,
-    "sgd_jax.quadratic": 1,
-    "sgd_jax.allocation": 1,
-    "sgd_jax.moments": 1,
-    "sgd_jax.per_example": 2,
-    "sgd_jax.mean_gradient": 3,
-    "sgd_jax.sgd": 3,
-    "sgd_jax.moment_streams": 3,
-    "sgd_jax.estimates": 4,
-    "sgd_jax.noise_scale": 4,
-    "sgd_jax.subsets": 4,
-    "sgd_jax.control_variate": 4,
-    "sgd_jax.training": 4,
-    "sgd_jax.sweeps": 5,
-    "sgd_jax.noise_tracking": 5,
-    "sgd_jax.data": 5,
-    "sgd_jax.runs": 5,
-    "sgd_jax": 6,  # the public surface
-}
+ROOF = ("benchmarks", "experiments", "scripts", "tests")
+ROOMS = (  # modules and folders of the package: each imports only from those before it
+    "typing",
+    "_version",
+    "_validate",
+    "_tree",
+    "_chunks",
+    "costs",
+    "networks",
+    "distributed",
+    "sampling",
+    "per_example",
+    "estimation",
+    "training",
+    "data",
+)
 
 
 def module_name(path):
@@ -50,10 +36,10 @@ def module_name(path):
 SOURCES = {module_name(path): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def room(module):
-    """Returns the entry of FLOORS that a module belongs to: itself or its sub-package."""
-    parts = module.split(".")
-    return ".".join(parts[:2])
+def place(module):
+    """Returns the position in ROOMS of the room a module is in; the public surface comes last."""
+    room = module.partition(".")[2].partition(".")[0]
+    return ROOMS.index(room) if room else len(ROOMS)
 
 
 def imports(source, modules):
@@ -75,18 +61,17 @@ def imports(source, modules):
 
 
 def violations(sources):
-    """Returns a sentence for every import that does not go down, and for every unplaced module."""
+    """Returns a sentence for every import from a later room, and for every unplaced module."""
     modules = set(sources)
-    found = [f"{name} has no floor" for name in sources if room(name) not in FLOORS]
+    strays = {name for name in sources if name.partition(".")[2].split(".")[0] not in ("", *ROOMS)}
+    found = [f"{name} is in no room" for name in sorted(strays)]
     for name, source in sources.items():
-        for target in imports(source, modules):
+        for target in imports(source, modules) - strays:
             if target.split(".")[0] in ROOF:
                 found.append(f"{name} imports {target} from above the roof")
-            inside = target.split(".")[0] == "sgd_jax" and room(target) != room(name)
-            if inside and FLOORS.get(room(target), 0) > FLOORS.get(room(name), 0):
-                found.append(f"{name} imports {target} from a higher floor")
-            if inside and FLOORS.get(room(target), 0) == FLOORS.get(room(name), 0) > 0:
-                found.append(f"{name} imports {target} from its own floor")
+            inside = target.split(".")[0] == "sgd_jax" and name not in strays
+            if inside and place(target) > place(name):
+                found.append(f"{name} imports {target} from a later room")
     return found
 
 
@@ -97,7 +82,7 @@ def import_order(sources):
     return list(graphlib.TopologicalSorter(graph).static_order())
 
 
-def test_every_module_has_a_floor_and_imports_only_from_lower_ones():
+def test_every_module_is_in_a_room_and_imports_only_from_earlier_ones():
     assert violations(SOURCES) == []
 
 
@@ -105,18 +90,32 @@ def test_there_is_no_import_cycle():
     assert set(import_order(SOURCES)) == set(SOURCES)
 
 
+def test_no_module_shares_its_name_with_what_is_in_it():
+    for name, source in SOURCES.items():
+        last = name.rpartition(".")[2]
+        defined = {getattr(node, "name", None) for node in ast.parse(source).body}
+        assert last not in defined, name
+
+
+def test_the_page_on_design_lists_the_rooms_in_this_order():
+    page = (PACKAGE.parent / "docs" / "design.md").read_text()
+    table = page.partition("## The house")[2].partition("\n## ")[0]
+    named = re.findall(r"^\| `(\w+)(?:\.py|/)`", table, re.MULTILINE)
+    assert named == [room for room in ROOMS if not room.startswith("_")]
+
+
 @pytest.mark.parametrize(
     ("module", "source", "sentence"),
     [
-        ("sgd_jax.costs", "from sgd_jax import training", "from a higher floor"),
-        ("sgd_jax.costs", "import sgd_jax.training", "from a higher floor"),
-        ("sgd_jax.costs", "def f():\n    from sgd_jax.sgd import sgd", "from a higher floor"),
-        ("sgd_jax.costs", "from sgd_jax import Layer", "from a higher floor"),
-        ("sgd_jax.costs", "from sgd_jax.networks import Layer", "from its own floor"),
-        ("sgd_jax.per_example.sites", "from sgd_jax.sgd import sgd", "from a higher floor"),
-        ("sgd_jax.data.mnist", "from experiments import train", "from above the roof"),
-        ("sgd_jax.training", "import scripts.benchmark", "from above the roof"),
-        ("sgd_jax.utils", "", "sgd_jax.utils has no floor"),
+        ("sgd_jax.costs", "from sgd_jax import training", "from a later room"),
+        ("sgd_jax.costs", "import sgd_jax.training", "from a later room"),
+        ("sgd_jax.costs", "def f():\n    from sgd_jax.training import sgd", "from a later room"),
+        ("sgd_jax.costs", "from sgd_jax import Layer", "from a later room"),
+        ("sgd_jax.costs", "from sgd_jax.networks import Layer", "from a later room"),
+        ("sgd_jax.per_example.sites", "from sgd_jax.training import sgd", "from a later room"),
+        ("sgd_jax.data._mnist", "from experiments import train", "from above the roof"),
+        ("sgd_jax.training._step", "import benchmarks.epoch", "from above the roof"),
+        ("sgd_jax.utils", "", "sgd_jax.utils is in no room"),
     ],
 )
 def test_a_planted_import_is_caught(module, source, sentence):
@@ -125,6 +124,9 @@ def test_a_planted_import_is_caught(module, source, sentence):
 
 
 def test_a_planted_cycle_is_caught():
-    cycle = {"sgd_jax.costs": "import sgd_jax.sgd", "sgd_jax.sgd": "import sgd_jax.costs"}
+    cycle = {
+        "sgd_jax.costs": "import sgd_jax.training._sgd",
+        "sgd_jax.training._sgd": "import sgd_jax.costs",
+    }
     with pytest.raises(graphlib.CycleError):
         import_order(cycle)

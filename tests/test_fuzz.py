@@ -1,15 +1,11 @@
 """Damaged and forged files raise a clear error and do nothing else; the fuzzer sees what would."""
 
-import pathlib
 import random
-import sys
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "scripts"))
-import fuzz
-from fuzzing import mutations, readers
+from scripts.robustness import fuzz, mutations, readers
 
 
 @pytest.mark.slow

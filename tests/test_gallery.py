@@ -27,10 +27,11 @@ from experiments import (
     landscape,
     nielsen,
     reshuffling,
+    runs,
     samplers,
 )
 from experiments._asked import Asked
-from sgd_jax import runs, sampling
+from sgd_jax import sampling
 from sgd_jax.data import Examples
 
 N = 200  # training examples of the digits with --smoke

@@ -1,4 +1,4 @@
-"""The claims of sgd_jax.mean_gradient: one answer, by the way that costs least."""
+"""The claims of mean_value_and_grad: one answer, by the way that costs least."""
 
 from typing import get_args
 
@@ -9,8 +9,8 @@ import pytest
 import reference
 
 import sgd_jax as sj
-from sgd_jax import mean_gradient
-from sgd_jax._typing import MeanStrategy
+from sgd_jax.estimation import _mean_gradient
+from sgd_jax.typing import MeanStrategy
 
 SIZES, M = (5, 4, 3), 6
 
@@ -76,7 +76,7 @@ def test_every_strategy_gives_the_weighted_mean_of_the_oracle(strategy, dtype, t
 def test_the_strategy_follows_from_the_shapes(fun, params, examples, chosen):
     if examples is problem:
         examples = (jnp.ones((16, 50)), jnp.ones((16, 3)))
-    choice = sj.choose_mean_strategy(fun, params, examples)
+    choice = sj.estimation.choose_mean_strategy(fun, params, examples)
     assert choice.name == chosen
     assert choice.work[chosen] <= 1.1 * min(choice.work.values())
 
@@ -84,7 +84,7 @@ def test_the_strategy_follows_from_the_shapes(fun, params, examples, chosen):
 def test_shapes_are_enough_to_choose():
     network, examples, _ = problem()
     shapes = jax.eval_shape(lambda: (network, examples))
-    assert sj.choose_mean_strategy(dense, *shapes) == sj.choose_mean_strategy(
+    assert sj.estimation.choose_mean_strategy(dense, *shapes) == sj.estimation.choose_mean_strategy(
         dense, network, examples
     )
 
@@ -98,7 +98,7 @@ def test_products_are_counted_exactly():
 
     square, wide = jnp.ones((5, 5)), jnp.ones((3, 5))
     for function, times in ((product, 1), (jax.jit(product), 1), (repeated, 7)):
-        work = mean_gradient._work(jax.make_jaxpr(function)(wide, square).jaxpr)
+        work = _mean_gradient._work(jax.make_jaxpr(function)(wide, square).jaxpr)
         assert work == times * (2 * 3 * 5 * 5 + 16 * 3 * 5)
 
 
@@ -106,7 +106,7 @@ def test_a_convolution_counts_as_the_products_it_is_made_of():
     image, kernel = jnp.ones((1, 4, 9, 9)), jnp.ones((6, 4, 3, 3))
     convolve = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "VALID")  # noqa: E731
     outputs = 6 * 7 * 7
-    work = mean_gradient._work(jax.make_jaxpr(convolve)(image, kernel).jaxpr)
+    work = _mean_gradient._work(jax.make_jaxpr(convolve)(image, kernel).jaxpr)
     assert work == 2 * outputs * 4 * 3 * 3 + 16 * outputs
 
 
@@ -114,7 +114,7 @@ def test_adding_zeros_counts_for_nothing():
     def add(a, b):
         return a + jnp.zeros(3) + jnp.zeros((3, 1)).reshape(3) + b
 
-    work = mean_gradient._work(jax.make_jaxpr(add)(jnp.ones(3), jnp.ones(3)).jaxpr)
+    work = _mean_gradient._work(jax.make_jaxpr(add)(jnp.ones(3), jnp.ones(3)).jaxpr)
     assert work == 16 * 3
 
 
@@ -124,9 +124,9 @@ def test_the_choice_is_followed_and_can_be_overridden(monkeypatch):
 
     def dear(*arguments):
         asked.append(arguments)
-        return sj.MeanStrategyChoice("materialized", {})
+        return sj.estimation.MeanStrategyChoice("materialized", {})
 
-    monkeypatch.setattr(mean_gradient, "choose_mean_strategy", dear)
+    monkeypatch.setattr(_mean_gradient, "choose_mean_strategy", dear)
 
     def largest(strategy):
         mean = sj.mean_value_and_grad(dense, strategy=strategy)
@@ -143,7 +143,7 @@ def test_the_choice_is_followed_and_can_be_overridden(monkeypatch):
 def test_the_choice_reads_as_a_table():
     network, examples = sj.init_network(jax.random.key(0), (50, 20, 3)), jnp.ones((16, 50))
     fun = lambda network, x: dense(network, (x, jnp.zeros(3)))  # noqa: E731
-    lines = str(sj.choose_mean_strategy(fun, network, examples)).splitlines()
+    lines = str(sj.estimation.choose_mean_strategy(fun, network, examples)).splitlines()
     assert [line.split()[0] for line in lines] == ["factored", "mean_cost", "materialized"]
     assert [line.endswith("chosen") for line in lines] == [True, False, False]
 

@@ -1,4 +1,4 @@
-"""The claims of moments and moment_streams: equal to the oracle, mergeable, bounded in memory."""
+"""The claims of gradient_moments: equal to the oracle, mergeable, bounded in memory."""
 
 import dataclasses
 import functools
@@ -12,9 +12,8 @@ import reference
 from jax.sharding import PartitionSpec as Spec
 
 import sgd_jax as sj
-from sgd_jax import moment_streams
-from sgd_jax.moment_streams import alignments, gradient_moments
-from sgd_jax.moments import GradientMoments, merge_across
+from sgd_jax.estimation import GradientMoments, _moment_streams, gradient_moments, merge_across
+from sgd_jax.estimation.noise import alignments
 
 SIZES = (4, 3, 2)
 N = 23
@@ -278,7 +277,7 @@ def test_memory_is_that_of_one_chunk():
     fun = lambda w, x: jnp.sum(jnp.tanh(w @ x))  # noqa: E731
 
     def temporary(n):
-        compiled = moment_streams._stream.lower(
+        compiled = _moment_streams._stream.lower(
             fun,
             w,
             jax.ShapeDtypeStruct((n, 40), jnp.float64),

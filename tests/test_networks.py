@@ -94,13 +94,15 @@ def test_the_output_is_the_sigmoid_of_the_weighted_input():
     network = sj.init_network(jax.random.key(6), SIZES)
     x = jnp.arange(5, dtype=jnp.float32)
     np.testing.assert_array_equal(
-        sj.feedforward(network, x), jax.nn.sigmoid(sj.weighted_input(network, x))
+        sj.feedforward(network, x), jax.nn.sigmoid(sj.networks.weighted_input(network, x))
     )
 
 
 def test_one_layer_is_an_affine_map_before_its_sigmoid():
     layer = sj.Layer(jnp.array([[1.0, 2.0], [0.0, -1.0]]), jnp.array([10.0, 20.0]))
-    np.testing.assert_array_equal(sj.weighted_input((layer,), jnp.array([3.0, 4.0])), [21.0, 16.0])
+    np.testing.assert_array_equal(
+        sj.networks.weighted_input((layer,), jnp.array([3.0, 4.0])), [21.0, 16.0]
+    )
 
 
 @pytest.mark.parametrize(("bias", "expected"), [(-1e30, 0.0), (1e30, 1.0)])
@@ -118,7 +120,7 @@ def test_vmap_takes_many_inputs_row_by_row():
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (4,), (), (5, 1)])
-@pytest.mark.parametrize("function", [sj.feedforward, sj.weighted_input])
+@pytest.mark.parametrize("function", [sj.feedforward, sj.networks.weighted_input])
 def test_what_is_not_one_input_is_refused_with_the_remedy(function, shape):
     network = sj.init_network(jax.random.key(0), SIZES)
     with pytest.raises(ValueError, match=r"expected \(5,\).*jax\.vmap") as error:

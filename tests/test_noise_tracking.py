@@ -1,4 +1,4 @@
-"""The claims of sgd_jax.noise_tracking: unbiased, a ratio of means, in anyone's optax loop."""
+"""The claims of track_noise_scale: unbiased, a ratio of means, in anyone's optax loop."""
 
 import itertools
 import os
@@ -14,8 +14,8 @@ import optax
 import pytest
 import reference
 
-from sgd_jax.noise_scale import NoiseParts
-from sgd_jax.noise_tracking import (
+from sgd_jax.estimation.noise import (
+    NoiseParts,
     noise_of_examples,
     noise_of_parts,
     noise_of_shards,
@@ -142,9 +142,9 @@ def test_an_optax_loop_tracks_it_without_tracing_again():
 PROGRAM = """
 import functools, jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, PartitionSpec as P
-from sgd_jax.moment_streams import gradient_moments
-from sgd_jax.moments import merge_across
-from sgd_jax.noise_tracking import noise_of_parts, noise_of_shards, track_noise_scale
+from sgd_jax.estimation import gradient_moments
+from sgd_jax.estimation import merge_across
+from sgd_jax.estimation.noise import noise_of_parts, noise_of_shards, track_noise_scale
 
 jax.config.update("jax_enable_x64", True)
 assert jax.device_count() == 4

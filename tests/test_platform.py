@@ -10,9 +10,8 @@ from importlib import metadata
 import jax
 import pytest
 
-from experiments import _cli, _platform, _recorded, train
+from experiments import _cli, _platform, _recorded, runs, train
 from experiments._config import Config, load
-from sgd_jax import runs
 
 ROOT = pathlib.Path(train.__file__).parents[1]
 
@@ -100,7 +99,7 @@ def test_every_program_shows_the_flag_in_its_help():
 
 def test_accelerators_are_told_by_their_device_files(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setattr("sgd_jax.runs.environment.find_spec", lambda name: None)
+    monkeypatch.setattr("experiments.runs.environment.find_spec", lambda name: None)
     assert runs.find_accelerators(tmp_path) == []
     (tmp_path / "dev").mkdir()
     for name in ("nvidia1", "nvidia0", "nvidiactl", "kfd", "accel0", "accel"):
@@ -112,7 +111,7 @@ def test_accelerators_are_told_by_their_device_files(tmp_path, monkeypatch):
 
 def test_accelerators_are_told_by_the_programs_and_libraries_of_their_makers(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", {"nvidia-smi": "/usr/bin/nvidia-smi"}.get)
-    monkeypatch.setattr("sgd_jax.runs.environment.find_spec", {"libtpu": "there"}.get)
+    monkeypatch.setattr("experiments.runs.environment.find_spec", {"libtpu": "there"}.get)
     assert runs.find_accelerators(tmp_path) == [
         "an NVIDIA GPU (nvidia-smi is installed)", "a TPU (libtpu is installed)",
     ]  # fmt: skip

@@ -15,10 +15,11 @@ import pytest
 import streamed_together
 from test_experiment_train import assert_same_run
 
-from experiments import _recorded, train
+from experiments import _recorded, runs, train
 from experiments._config import Config
 from experiments._within_epoch import Progress
-from sgd_jax import data, processes, runs
+from sgd_jax import data
+from sgd_jax.distributed import processes
 
 ROOT = pathlib.Path(train.__file__).parents[1]
 PATIENT = "--peer_timeout=3000"  # a test machine may stand still for a while

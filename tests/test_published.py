@@ -56,7 +56,7 @@ def as_published(examples: data.Examples, n: int) -> data.Examples:
 
 def fun(network: Network, example: data.Examples) -> jax.Array:
     target = jax.nn.one_hot(example.labels, SIZES[-1])
-    return sj.logit_cross_entropy_cost(sj.weighted_input(network, example.inputs), target)
+    return sj.logit_cross_entropy_cost(sj.networks.weighted_input(network, example.inputs), target)
 
 
 @jax.jit

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from sgd_jax.quadratic import Order, epoch_fixed_point, expected_squared_distance
+from sgd_jax.estimation.quadratic import Order, epoch_fixed_point, expected_squared_distance
 
 A = np.array([-3.0, 0.5, 1.0, 2.5, -1.0])
 A -= A.mean()

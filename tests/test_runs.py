@@ -18,8 +18,8 @@ import optax
 import pytest
 
 import sgd_jax as sj
-from sgd_jax import runs
-from sgd_jax.runs import folder as folder_module
+from experiments import runs
+from experiments.runs import folder as folder_module
 
 SPLITS = ("train", "validation", "test")
 

@@ -13,15 +13,14 @@ import reference
 from scipy import stats
 
 import sgd_jax as sj
-from sgd_jax import estimates, sampling
-from sgd_jax.allocation import (
+from sgd_jax import sampling
+from sgd_jax.estimation import _error_laws, expected_squared_error, gradient_moments
+from sgd_jax.estimation.svrg import control_variate, difference, refresh
+from sgd_jax.sampling import (
     neyman_allocation,
     optimal_probabilities,
     proportional_allocation,
 )
-from sgd_jax.control_variate import control_variate, difference, refresh
-from sgd_jax.estimates import expected_squared_error
-from sgd_jax.moment_streams import gradient_moments
 
 GENERATOR = np.random.default_rng(0)
 GRADIENTS = GENERATOR.normal(size=(41, 3)) + 0.5
@@ -302,7 +301,7 @@ def test_the_poisson_law_counts_overflow_exactly(max_size):
     ],
 )
 def test_a_planted_fault_breaks_the_laws(fault, planted, monkeypatch):
-    monkeypatch.setattr(estimates, "_finite_population", planted)
+    monkeypatch.setattr(_error_laws, "_finite_population", planted)
     for name in ("without replacement, by Floyd", "stratified, by Floyd", "mirrored pairs"):
         with pytest.raises(AssertionError):
             test_the_mean_squared_error_over_all_outcomes_is_the_predicted_one(name)

@@ -1,4 +1,4 @@
-"""The claims of sgd_jax.sgd: an exact twin of optax's and of the oracle's, and its own rules."""
+"""The claims of sj.sgd: an exact twin of optax's and of the oracle's, and its own rules."""
 
 import jax
 import jax.numpy as jnp

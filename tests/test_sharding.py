@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import sgd_jax as sj
-from sgd_jax import sharding
+from sgd_jax.distributed import sharding
 
 
 @pytest.fixture(scope="module")

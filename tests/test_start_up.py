@@ -33,7 +33,7 @@ def note_imports(self, record, append=None):
     return append(self, record)
 
 jax.monitoring.register_event_listener(count)
-from sgd_jax import runs
+from experiments import runs
 import functools
 runs.RunFolder.append_metrics = functools.partialmethod(
     note_imports, append=runs.RunFolder.append_metrics

@@ -19,8 +19,11 @@ from test_data import idx_bytes, shrink, write_files
 
 import sgd_jax as sj
 from sgd_jax import data
-from sgd_jax.data import folder as folders
-from sgd_jax.data import index_shuffle, mapped, read_ahead, shuffling
+from sgd_jax.data import _folder as folders
+from sgd_jax.data import _mapped as mapped
+from sgd_jax.data import _read_ahead as read_ahead
+from sgd_jax.data import _shuffling as shuffling
+from sgd_jax.data import index_shuffle
 
 N = 23  # training examples: no multiple of a batch size or of a shard
 CUTS = (0, 9, 10, N)  # of the shards

@@ -1,4 +1,4 @@
-"""The claims of sgd_jax.training: one step, one epoch, equal to the oracle and to each other."""
+"""The claims of make_step and make_epoch: equal to the oracle and to each other."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sgd_jax as sj
-from sgd_jax import training
+from sgd_jax.training._step import _step
 
 SIZES = (4, 3, 2)
 NUM_EXAMPLES = 7
@@ -40,7 +40,7 @@ def quadratic(network, example):
 
 def cross_entropy(network, example):
     x, y = example
-    return sj.logit_cross_entropy_cost(sj.weighted_input(network, x), y)
+    return sj.logit_cross_entropy_cost(sj.networks.weighted_input(network, x), y)
 
 
 FUNS = {
@@ -132,7 +132,7 @@ def test_the_mean_of_per_example_gradients_is_the_gradient_of_the_mean_cost(name
     fun, cost, delta = FUNS[name]
     network, examples = problem(dtype=dtype)
     weights = jnp.full(NUM_EXAMPLES, 1 / NUM_EXAMPLES, dtype)
-    value, gradient = jax.jit(training.mean_value_and_grad(fun))(network, examples, weights)
+    value, gradient = jax.jit(sj.mean_value_and_grad(fun))(network, examples, weights)
     per_example = jax.jit(jax.vmap(jax.grad(fun), in_axes=(None, 0)))(network, examples)
     expected_value, expected = jax.jit(jax.value_and_grad(sj.mean_cost(fun)))(network, examples)
     oracle = as_reference(network)
@@ -147,7 +147,7 @@ def test_the_mean_of_per_example_gradients_is_the_gradient_of_the_mean_cost(name
         np.testing.assert_allclose(value, candidate, rtol=TOLERANCE[dtype])
 
 
-WEIGHTED = jax.jit(training.mean_value_and_grad(quadratic))
+WEIGHTED = jax.jit(sj.mean_value_and_grad(quadratic))
 EACH = jax.jit(jax.vmap(jax.value_and_grad(quadratic), in_axes=(None, 0)))
 
 
@@ -317,26 +317,26 @@ def test_an_epoch_is_the_same_however_many_mini_batches_are_gathered_together(
 ):
     batches = np.arange(11)[:, None] % NUM_EXAMPLES
     bytes_per_step = 8 * (SIZES[0] + SIZES[-1])
-    monkeypatch.setattr(training, "_BLOCK_BYTES", together * bytes_per_step)
-    assert training._block_length(len(batches), bytes_per_step) == together
+    monkeypatch.setattr(_step, "_BLOCK_BYTES", together * bytes_per_step)
+    assert _step._block_length(len(batches), bytes_per_step) == together
     assert len(batches) % together == rest
     assert_epoch_equals_oracle(sj.make_epoch, batches=batches)
 
 
 def test_what_is_gathered_together_fits_and_wastes_little():
     for steps, size in itertools.product((1, 2, 97, 100, 781, 5000), (1, 7840, 50_176, 100_352)):
-        length = training._block_length(steps, size)
+        length = _step._block_length(steps, size)
         assert 1 <= length <= steps
-        assert length * size <= max(size, 2 * training._BLOCK_BYTES)
-        if size >= training._SINGLE_BYTES:
+        assert length * size <= max(size, 2 * _step._BLOCK_BYTES)
+        if size >= _step._SINGLE_BYTES:
             assert length == 1
         elif steps % length:  # a rest is compiled by itself, where nothing near divides the steps
-            assert length == min(steps, training._BLOCK_BYTES // size)
+            assert length == min(steps, _step._BLOCK_BYTES // size)
 
 
 def weights_replaced(replace):
     """Returns a plant for `mean_value_and_grad` that sees other weights than it was given."""
-    right = training.mean_value_and_grad
+    right = sj.mean_value_and_grad
 
     def faulty(fun, **options):
         gradient = right(fun)
@@ -354,13 +354,13 @@ def weights_replaced(replace):
     ],
 )
 def test_a_planted_fault_in_the_weights_is_caught(monkeypatch, replace):
-    monkeypatch.setattr(training, "mean_value_and_grad", weights_replaced(replace))
+    monkeypatch.setattr(_step, "mean_value_and_grad", weights_replaced(replace))
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_epoch_equals_oracle(sj.make_epoch)
 
 
 def test_weights_replaced_by_themselves_are_no_fault(monkeypatch):
-    monkeypatch.setattr(training, "mean_value_and_grad", weights_replaced(lambda weights: weights))
+    monkeypatch.setattr(_step, "mean_value_and_grad", weights_replaced(lambda weights: weights))
     assert_epoch_equals_oracle(sj.make_epoch)
 
 
@@ -390,9 +390,7 @@ def make_eager_epoch(fun, optimizer, renewed_within_the_batch):
                 step = jax.tree.map(lambda u, m=m: u / m, updates)
                 params = optax.apply_updates(params, step)
             costs.append(cost)
-        return training.TrainState(params, state.opt_state, state.step), training.StepInfo(
-            jnp.stack(costs)
-        )
+        return sj.TrainState(params, state.opt_state, state.step), sj.StepInfo(jnp.stack(costs))
 
     return epoch
 

@@ -16,8 +16,8 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from sgd_jax._typing import Array
 from sgd_jax.per_example.views import Layout
+from sgd_jax.typing import Array
 
 _CHUNK_ENTRIES = 1 << 22
 """How many entries of g_i are written down at a time, where they must be."""

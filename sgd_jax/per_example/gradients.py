@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from sgd_jax import _validate
 from sgd_jax._chunks import vary_like
-from sgd_jax._typing import Array, Example, Examples, Params, Strategy
 from sgd_jax.per_example import factors as F  # noqa: N812
 from sgd_jax.per_example.chunked import ChunkedPerExampleGrads
 from sgd_jax.per_example.factors import Dense, Factor
@@ -20,6 +19,7 @@ from sgd_jax.per_example.planning import EXAMPLE, plan
 from sgd_jax.per_example.program import Program, Values
 from sgd_jax.per_example.sites import Kind, Lift, Origin, Site
 from sgd_jax.per_example.views import View
+from sgd_jax.typing import Array, Example, Examples, Params, Strategy
 
 
 def per_example_grad(

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
-from sgd_jax._typing import Array
 from sgd_jax.per_example.factors import Dense, Factor, Outer
 from sgd_jax.per_example.views import Layout, View
+from sgd_jax.typing import Array
 
 
 class Kind(enum.Enum):

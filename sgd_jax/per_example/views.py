@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from sgd_jax._typing import Array
+from sgd_jax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Several devices and several processes: meshes and placement, joining and agreeing."""

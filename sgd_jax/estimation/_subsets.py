@@ -1,0 +1,76 @@
+"""The exact error of any weighted subset of examples, from the Gram matrix alone."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sgd_jax.sampling import Sample
+from sgd_jax.typing import Array
+
+
+class SubsetErrors(NamedTuple):
+    """How far estimates ĝ are from the mean gradient G, exactly; both of shape (...)."""
+
+    squared_error: Array
+    """‖ĝ − G‖²."""
+    cosine: Array
+    """⟨ĝ, G⟩/(‖ĝ‖ ‖G‖); NaN where ĝ or G is zero."""
+
+
+def subset_errors(gram: Array, samples: Sample) -> SubsetErrors:
+    """Returns the error and the cosine of many weighted subsets, without touching the network.
+
+    With K = G Gᵀ the Gram matrix of all n gradients and c the weights of a sample, spread over the
+    n examples, ‖ĝ − G‖² = (c − 1/n)ᵀ K (c − 1/n), exactly, whatever the scheme; repeated indices
+    add up. One Gram matrix gives the whole distribution of error and cosine over thousands of
+    samples: the mean error, which `expected_squared_error` predicts, and all the quantiles.
+
+    K is centred first, so that what two gradients have in common does not cancel; rounding leaves
+    an absolute error of about ε tr Σ. Costs k n² multiplications for k samples, and k n numbers.
+
+    Args:
+      gram: K, shape (n, n): ``per_example_grad(fun)(params, examples).gram()``.
+      samples: a `Sample` whose arrays have shape (..., m): ``jax.vmap`` of a sampler over keys.
+        Indices must lie in [−1, n); −1 is no example.
+
+    Returns:
+      `SubsetErrors`, both arrays of shape (...).
+
+    Raises:
+      ValueError: gram is not a square matrix with n ≥ 1, or indices and weights differ in shape.
+
+    >>> import jax.numpy as jnp
+    >>> gram = jnp.array([[1.0, 0.0], [0.0, 1.0]])  # two orthogonal gradients of norm 1
+    >>> errors = subset_errors(gram, Sample(jnp.array([[0], [1]]), jnp.array([[1.0], [1.0]])))
+    >>> errors.squared_error.tolist(), round(float(errors.cosine[0]), 4)  # ½ and 1/√2
+    ([0.5, 0.5], 0.7071)
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
+        raise ValueError(f"gram must be (n, n) with n ≥ 1, got shape {gram.shape}")
+    if samples.indices.shape != samples.weights.shape or samples.indices.ndim == 0:
+        raise ValueError(
+            "samples must have indices and weights of one shape (..., m), got "
+            f"{samples.indices.shape} and {samples.weights.shape}"
+        )
+    n, leading = gram.shape[0], samples.indices.shape[:-1]
+    indices = samples.indices.reshape(-1, samples.indices.shape[-1])
+    weights = samples.weights.reshape(indices.shape).astype(gram.dtype)
+
+    def spread(indices: Array, weights: Array) -> Array:
+        present = jnp.where(indices >= 0, weights, 0)
+        return jnp.zeros(n, gram.dtype).at[jnp.maximum(indices, 0)].add(present)
+
+    c = jax.vmap(spread)(indices, weights)
+    toward_mean = jnp.mean(gram, axis=1)  # ⟨g_i, G⟩
+    squared_norm = jnp.mean(toward_mean)  # ‖G‖²
+    deviation = toward_mean - squared_norm  # ⟨g_i − G, G⟩
+    centred = gram - toward_mean[:, None] - deviation[None, :]  # ⟨g_i − G, g_k − G⟩
+    products = jnp.matmul(c, centred, precision="highest")
+    excess = jnp.sum(c, axis=1) - 1
+    along = jnp.matmul(c, deviation, precision="highest")
+    squared_error = jnp.sum(products * c, axis=1) + excess * (2 * along + excess * squared_norm)
+    inner = along + (1 + excess) * squared_norm  # ⟨ĝ, G⟩
+    norm = jnp.sqrt(squared_error + 2 * inner - squared_norm)  # ‖ĝ‖
+    cosine = inner / (norm * jnp.sqrt(squared_norm))
+    return SubsetErrors(squared_error.reshape(leading), cosine.reshape(leading))

@@ -1,0 +1,43 @@
+"""Which examples a mini-batch holds, with which weights: schemes, orders and allocations."""
+
+from sgd_jax.sampling._allocation import (
+    neyman_allocation,
+    optimal_probabilities,
+    proportional_allocation,
+)
+from sgd_jax.sampling._schemes import (
+    Sample,
+    antithetic,
+    check_probabilities,
+    cyclic,
+    epoch,
+    fixed_order,
+    importance,
+    lay_out,
+    plain_mean,
+    poisson,
+    poisson_max_size,
+    stratified,
+    with_replacement,
+    without_replacement,
+)
+
+__all__ = [
+    "Sample",
+    "antithetic",
+    "check_probabilities",
+    "cyclic",
+    "epoch",
+    "fixed_order",
+    "importance",
+    "lay_out",
+    "neyman_allocation",
+    "optimal_probabilities",
+    "plain_mean",
+    "poisson",
+    "poisson_max_size",
+    "proportional_allocation",
+    "stratified",
+    "with_replacement",
+    "without_replacement",
+]
