@@ -33,7 +33,7 @@ from sgd_jax.estimation import (
 from sgd_jax.estimation.noise import NoiseScale, noise_scale
 
 # Training
-from sgd_jax.training._step import (
+from sgd_jax.training import (
     StepInfo,
     TrainState,
     init_state,

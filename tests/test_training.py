@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sgd_jax as sj
-from sgd_jax.training._step import _step
+from sgd_jax.training import _step
 
 SIZES = (4, 3, 2)
 NUM_EXAMPLES = 7

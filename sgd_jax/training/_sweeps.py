@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from sgd_jax.distributed.sharding import DATA_AXIS, check_mesh, num_shards, on_mesh
-from sgd_jax.training._step._step import StepInfo, TrainState, init_state, make_epoch
+from sgd_jax.training._step import StepInfo, TrainState, init_state, make_epoch
 from sgd_jax.typing import Array, CostFn, Examples, MeanStrategy, Params, PyTree
 
 
