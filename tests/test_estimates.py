@@ -17,6 +17,7 @@ from sgd_jax.estimation import (
     expected_cosine,
     expected_squared_error,
     gradient_moments,
+    mean_cosine,
     subset_errors,
 )
 from sgd_jax.estimation.batch_size import (
@@ -483,6 +484,52 @@ def test_with_the_unit_hessian_of_gaussian_regression_both_noise_scales_agree():
 
 
 # Subsets
+
+
+def test_the_alignment_of_a_control_variate_needs_the_norm_of_the_mean_gradient():
+    """Enumerated over all mini-batches of 2: ĝ = mean(g − h) + H."""
+    generator = np.random.default_rng(3)
+    g, h = generator.normal(size=(2, 6, 3)) + 0.5
+    h = g + 0.3 * h
+    estimates = np.array(
+        [
+            (g - h)[list(s)].mean(axis=0) + h.mean(axis=0)
+            for s in itertools.combinations(range(6), 2)
+        ]
+    )
+    mean = g.mean(axis=0)
+    alignment = np.mean(estimates @ mean) / np.sqrt(
+        np.mean(np.sum(estimates**2, axis=1)) * (mean @ mean)
+    )
+    moments = moments_of(g - h)
+    close(expected_cosine(moments, 2, squared_norm=mean @ mean), alignment)
+    assert abs(expected_cosine(moments, 2) - alignment) > 0.05
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_the_mean_cosine_is_that_of_all_subsets_and_not_the_alignment(heavy):
+    rows = (
+        np.random.default_rng(5).normal(size=(7, 3))
+        * (np.exp(2 * np.random.default_rng(6).normal(size=(7, 1))) if heavy else 1)
+        + 0.3
+    )
+    gram = jnp.array(rows @ rows.T)
+    indices = jnp.array(list(itertools.combinations(range(7), 2)))
+    found = mean_cosine(gram, sampling.Sample(indices, jnp.full(indices.shape, 0.5)))
+    mean = rows.mean(axis=0)
+    estimates = rows[np.asarray(indices)].mean(axis=1)
+    cosines = estimates @ mean / np.linalg.norm(estimates, axis=1) / np.linalg.norm(mean)
+    close(found.mean, cosines.mean(), 1e-10)
+    close(found.standard_error, cosines.std(ddof=1) / np.sqrt(len(cosines)), 1e-10)
+    alignment = float(expected_cosine(moments_of(rows), 2))
+    assert abs(cosines.mean() - alignment) > 0.01
+
+
+def test_a_cosine_that_is_undefined_is_left_out_of_the_mean():
+    samples = sampling.Sample(jnp.array([[0], [-1], [1]]), jnp.array([[1.0], [0.0], [1.0]]))
+    found = mean_cosine(jnp.eye(2), samples)
+    close(found.mean, 0.5**0.5)
+    close(found.standard_error, 0)
 
 
 def test_subset_errors_are_those_of_the_gradients_written_down():

@@ -13,13 +13,16 @@ import numpy as np
 import optax
 import pytest
 import reference
+from scipy import stats
 
 from sgd_jax.estimation.noise import (
     NoiseParts,
     noise_of_examples,
     noise_of_parts,
     noise_of_shards,
+    noise_scale_of_steps,
     track_noise_scale,
+    two_batch_noise_parts,
 )
 from sgd_jax.per_example import per_example_grad
 
@@ -70,6 +73,83 @@ def test_before_the_first_step_the_means_are_nan():
 
 def test_a_negative_mean_norm_is_undetermined():
     assert np.isnan(run([(2.0, -1.0)]).mean().ratio())
+
+
+def by_blocks(parts, weights, block_size, quantile):
+    """The covariance of the weighted means from blocks, and Fieller's ends, in NumPy."""
+    parts, weights = np.asarray(parts), np.asarray(weights)
+    whole = len(parts) // block_size * block_size
+    blocks = np.split(np.arange(whole), whole // block_size)
+    W = np.array([weights[b].sum() for b in blocks])
+    y = np.array([weights[b] @ parts[b] for b in blocks])
+    mean = y.sum(axis=0) / W.sum()
+    count = W.sum() ** 2 / np.sum(W**2)
+    off = y - W[:, None] * mean
+    covariance = count / (count - 1) * off.T @ off / W.sum() ** 2
+    S, U = np.average(parts, axis=0, weights=weights)
+    t2 = quantile(count - 1) ** 2
+    a, b, c = (
+        U**2 - t2 * covariance[1, 1],
+        S * U - t2 * covariance[0, 1],
+        S**2 - t2 * covariance[0, 0],
+    )
+    root = np.sqrt(b**2 - a * c)
+    return S / U, (b - root) / a, (b + root) / a
+
+
+@pytest.mark.parametrize(("decay", "length"), [(None, 60), (None, 67), (0.97, 60), (0.97, 64)])
+def test_the_interval_of_tracking_is_that_of_blocks_of_steps(decay, length):
+    generator = np.random.default_rng(2)
+    parts = np.stack([generator.normal(10, 1, length), generator.normal(2, 0.5, length)], axis=1)
+    tracker = track_noise_scale(decay, block_size=5)
+    update = jax.jit(lambda state, s, u: tracker.update(W, state, W, noise=NoiseParts(s, u))[1])
+    state = tracker.init(W)
+    for s, u in parts:
+        state = update(state, s, u)
+    scale = state.noise_scale()
+    weights = np.ones(length) if decay is None else decay ** np.arange(length)[::-1]
+    expected = by_blocks(parts, weights, 5, lambda degrees: stats.t.ppf(0.975, degrees))
+    np.testing.assert_allclose([scale.value, scale.low, scale.high], expected, rtol=2e-3)
+    assert "over" in repr(scale)
+    assert "steps" in repr(scale)
+
+
+def test_steps_and_tracking_without_decay_have_the_same_interval():
+    generator = np.random.default_rng(2)
+    parts = NoiseParts(*(jnp.array(generator.normal(m, 0.5, 60)) for m in (10.0, 2.0)))
+    tracker = track_noise_scale(block_size=5)
+    state = tracker.init(W)
+    for s, u in zip(*parts, strict=True):
+        _, state = tracker.update(W, state, W, noise=NoiseParts(s, u))
+    tracked, at_once = state.noise_scale(), noise_scale_of_steps(parts, num_blocks=12)
+    for name in ("value", "low", "high"):
+        close(getattr(tracked, name), getattr(at_once, name))
+
+
+def test_before_three_blocks_there_is_no_interval():
+    tracker = track_noise_scale(block_size=2)
+    state = tracker.init(W)
+    for _ in range(5):
+        _, state = tracker.update(W, state, W, noise=NoiseParts(4.0, 2.0))
+    scale = state.noise_scale()
+    assert scale.value == 2
+    assert np.isnan(scale.low)
+    assert np.isnan(scale.high)
+
+
+def test_an_interval_over_steps_covers_the_truth_as_often_as_it_says():
+    """Two-batch parts of 400 runs of 100 steps at one w: B = 4, 20 blocks of 5."""
+    generator = np.random.default_rng(0)
+    mean, runs, steps, small, big = np.full(20, 0.5), 400, 100, 5, 50
+    at = lambda size: np.sum(  # noqa: E731
+        (mean + generator.normal(size=(runs, steps, 20)) / np.sqrt(size)) ** 2, axis=-1
+    )
+    parts = two_batch_noise_parts(jnp.array(at(small)), jnp.array(at(big)), small, big)
+    scales = jax.jit(jax.vmap(noise_scale_of_steps))(parts)
+    share = np.mean((scales.low <= 4) & (scales.high >= 4))
+    assert 0.92 < share < 0.98, share
+    narrow = np.mean(np.abs(scales.value - 4) < (scales.high - scales.low) / 4)
+    assert narrow < 0.8
 
 
 @pytest.mark.parametrize("m", [2, 3])
@@ -204,7 +284,19 @@ def test_four_devices_under_shard_map_agree_with_one():
 
 TRACKER = track_noise_scale()
 GRADS = per_example_grad(dot)(W, jnp.array(ROWS[:1]))
+STEPS_OF_TEN = NoiseParts(jnp.ones(10), jnp.ones(10))
 BAD = [
+    (lambda: track_noise_scale(block_size=0), ValueError, "block_size must be at least 1"),
+    (
+        lambda: noise_scale_of_steps(NoiseParts(jnp.ones(3), jnp.ones(4))),
+        ValueError,
+        r"shapes \(3,\) and \(4,\)",
+    ),
+    (
+        lambda: noise_scale_of_steps(STEPS_OF_TEN, num_blocks=11),
+        ValueError,
+        "num_blocks=11: expected 3 to 10",
+    ),
     (lambda: track_noise_scale(1.0), ValueError, "decay must be"),
     (lambda: track_noise_scale("0.9"), TypeError, "decay must be one number"),
     (lambda: TRACKER.update(W, TRACKER.init(W), W), ValueError, "noise=noise_of_examples"),

@@ -108,7 +108,11 @@ def test_a_simulation_agrees_and_rejects_the_factor_of_the_other_convention():
 def test_all_examples_at_once_leave_no_error_unless_drawn_with_replacement():
     for order, law in (("with_replacement", 0.5 / 1.5 / 4), ("reshuffling", 0), ("fixed_order", 0)):
         assert expected_squared_distance(order, 0.5, 4, 4) == pytest.approx(law)
-    assert expected_squared_distance("reshuffling", 0.5, 1) == 0
+
+
+def test_one_example_has_no_noise_to_measure_distances_by():
+    with pytest.raises(ValueError, match="num_examples is 1; expected at least 2"):
+        expected_squared_distance("with_replacement", 0.5, 1)
 
 
 def test_a_fixed_order_ends_at_the_fixed_point_of_its_epoch():

@@ -17,6 +17,7 @@ from sgd_jax import sampling
 from sgd_jax.estimation import _error_laws, expected_squared_error, gradient_moments
 from sgd_jax.estimation.svrg import control_variate, difference, refresh
 from sgd_jax.sampling import (
+    _schemes,
     neyman_allocation,
     optimal_probabilities,
     proportional_allocation,
@@ -355,12 +356,53 @@ def test_orders_go_into_an_epoch():
     np.testing.assert_allclose(state.params, -0.1 * GRADIENTS[:5].sum(axis=0), atol=1e-12)
 
 
-def test_probabilities_too_small_for_the_grid_are_still_drawn_without_bias():
-    p = jnp.array([1 - 2e-10, 1e-10, 1e-10])
-    sample = sampling.importance(jax.random.key(0), p, 5)
-    assert np.all(np.isfinite(sample.weights))
-    units = np.array([2**30, 1, 1])
-    np.testing.assert_allclose(sample.weights[0], units.sum() / units[0] / 15, rtol=1e-9)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_small_probability_is_drawn_and_weighted_as_given(dtype, traced):
+    """2⁻³¹ · 1.5 was drawn as 2⁻³⁰: a third too often, and the law at the p given did not hold."""
+    p = jnp.array([1 - 1.5 * 2.0**-31, 1.5 * 2.0**-31], dtype)
+    draw = lambda p: sampling.importance(jax.random.key(0), p, 5)  # noqa: E731
+    sample = (jax.jit(draw) if traced else draw)(p)
+    np.testing.assert_allclose(sample.weights, 1 / (5 * 2 * p[sample.indices]), rtol=1e-6)
+    high, low = _schemes._in_units(p)
+    exact = [int(h) * 2**31 + int(k) for h, k in zip(high, low, strict=True)]
+    assert exact[1] == 3 * 2**30  # 1.5 · 2⁻³¹ in units of 2⁻⁶²
+
+
+def test_cumulated_units_are_found_by_bisection_and_carry():
+    generator = np.random.default_rng(0)
+    units = [int(u) for u in generator.integers(0, 2**58, size=13)]
+    units[4] = 0
+    pair = tuple(jnp.array([f(u) for u in units], jnp.uint32) for f in (
+        lambda u: u >> 31, lambda u: u & (2**31 - 1)
+    ))  # fmt: skip
+    upper = jax.lax.associative_scan(_schemes._add, pair)
+    sums = np.cumsum([0, *units], dtype=object)
+    assert [int(h) * 2**31 + int(k) for h, k in zip(*upper, strict=True)] == list(sums[1:])
+    for k in (i for i in range(13) if i != 4):
+        for drawn in (sums[k], sums[k + 1] - 1):
+            at = tuple(jnp.array([f], jnp.uint32) for f in (drawn >> 31, drawn & (2**31 - 1)))
+            assert int(_schemes._first_above(upper, at)[0]) == k
+
+
+@pytest.mark.parametrize("third", [1 << 29, 1 << 30])
+def test_draws_are_uniform_below_a_total_of_two_words(third):
+    """A third of them in each third: `jax.random.randint` gives 37 and 25 % for 3 · 2²⁹."""
+    total = (jnp.array(3 * third, jnp.uint32), jnp.array(1, jnp.uint32))
+    high, low = _schemes._draw_below(jax.random.key(1), 30_000, total)
+    assert bool(jnp.all(_schemes._is_below((high, low), total)))
+    counts = np.bincount(np.asarray(high) // third, minlength=3)[:3]
+    assert stats.chisquare(counts).pvalue > 1e-3
+    assert stats.kstest(np.asarray(low) / 2.0**31, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("small", [1e-16, 1e-30])
+def test_a_probability_below_the_resolution_is_refused(small):
+    p = jnp.array([1 - small, small])
+    with pytest.raises(ValueError, match="at least 2⁻⁵⁰"):
+        sampling.importance(jax.random.key(0), p, 5)
+    sample = jax.jit(lambda p: sampling.importance(jax.random.key(0), p, 5))(p)
+    assert np.all(np.isnan(sample.weights))
 
 
 @pytest.mark.parametrize("n", [50, 50_000])

@@ -8,16 +8,23 @@ from sgd_jax.estimation._mean_gradient import (
 )
 from sgd_jax.estimation._moment_streams import gradient_moments
 from sgd_jax.estimation._moments import GradientMoments, merge_across
-from sgd_jax.estimation._subsets import SubsetErrors, subset_errors
+from sgd_jax.estimation._subsets import (
+    MeanCosine,
+    SubsetErrors,
+    mean_cosine,
+    subset_errors,
+)
 
 __all__ = [
     "GradientMoments",
+    "MeanCosine",
     "MeanStrategyChoice",
     "SubsetErrors",
     "choose_mean_strategy",
     "expected_cosine",
     "expected_squared_error",
     "gradient_moments",
+    "mean_cosine",
     "mean_value_and_grad",
     "merge_across",
     "subset_errors",

@@ -43,7 +43,8 @@ def expected_squared_error(
 
     One mini-batch of an epoch, reshuffled or in one order drawn at random, is a draw without
     replacement. Control variates (SVRG): give the moments of the differences g_i − h_i
-    (`sgd_jax.svrg.control_variate`). Mirrored pairs: the moments of the pairs, and m/2.
+    (`sgd_jax.svrg.control_variate`); `expected_cosine` then needs ‖∇C‖² too. Mirrored pairs: the
+    moments of the pairs, and m/2.
 
     Args:
       moments: of the n examples sampled from; "stratified" takes moments of strata.
@@ -107,15 +108,28 @@ def expected_cosine(
     *,
     probabilities: Array | None = None,
     max_size: int | None = None,
+    squared_norm: Array | float | None = None,
 ) -> Array:
-    """Returns the cosine of expectations, E⟨ĝ, G⟩/√(E‖ĝ‖² · ‖G‖²), exactly.
+    """Returns the alignment of ĝ with ∇C, E⟨ĝ, ∇C⟩/√(E‖ĝ‖² · ‖∇C‖²), exactly.
 
-    For any unbiased ĝ it is ‖G‖/√(‖G‖² + E‖ĝ − G‖²); without replacement 1/√(1 + f B/m) with
-    f = (n − m)/(n − 1), with replacement 1/√(1 + B/m). It is a ratio of expectations. The
-    expectation of the ratio, E cos(ĝ, G), is only close to it (1 to 5 % off in 50 dimensions);
-    `subset_errors` measures that one, with its quantiles.
+    For any unbiased ĝ it is ‖∇C‖/√(‖∇C‖² + E‖ĝ − ∇C‖²); without replacement 1/√(1 + f B/m) with
+    f = (n − m)/(n − 1), with replacement 1/√(1 + B/m). It is a cosine of expectations and **not**
+    the expected cosine of a mini-batch, E cos(ĝ, ∇C), which the moments do not determine. That one
+    is larger if ‖ĝ‖ varies much (heavy tails: most estimates are shorter than √E‖ĝ‖² and so better
+    aligned), and smaller if examples that are long are also aligned. Measured on trained networks
+    of 64-30-10 and 784-30-10 neurons at m = 10: 0.058 for 0.092, 0.186 for 0.134 and 0.154 for
+    0.088. From the Gram matrix `mean_cosine` has it, with a standard error.
 
-    Args and errors are those of `expected_squared_error`.
+    Args and errors are those of `expected_squared_error`, and:
+
+    Args:
+      moments: as there; of differences g_i − h_i (SVRG) together with ``squared_norm``.
+      batch_size: as there.
+      scheme: as there.
+      probabilities: as there.
+      max_size: as there.
+      squared_norm: ‖∇C‖², for a control variate, whose moments are those of the differences: their
+        mean is ∇C − H, and only the error comes from them. None is ‖mean of the moments‖².
 
     Returns:
       A scalar in [0, 1] but for rounding; NaN where G = 0 and the error is 0.
@@ -129,8 +143,10 @@ def expected_cosine(
     error = expected_squared_error(
         moments, batch_size, scheme, probabilities=probabilities, max_size=max_size
     )
-    whole = moments.pooled() if moments.count.ndim else moments
-    squared_norm = whole.squared_norm
+    if squared_norm is None:
+        whole = moments.pooled() if moments.count.ndim else moments
+        squared_norm = whole.squared_norm
+    squared_norm = jnp.asarray(squared_norm, error.dtype)
     return jnp.sqrt(squared_norm / (squared_norm + error))
 
 

@@ -1,5 +1,6 @@
 """The noise scale of a training run, averaged step by step in anyone's optax loop."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -8,52 +9,98 @@ import optax
 
 from sgd_jax import _validate
 from sgd_jax._tree import tree_dot
-from sgd_jax.estimation._noise_scale import NoiseParts, two_batch_noise_parts
+from sgd_jax.estimation._intervals import Spread
+from sgd_jax.estimation._noise_scale import (
+    NoiseParts,
+    NoiseScale,
+    scale_of_means,
+    two_batch_noise_parts,
+)
 from sgd_jax.per_example import PerExampleGrads
 from sgd_jax.typing import Array, Params
 
 
 class NoiseTrackingState(NamedTuple):
-    """What `track_noise_scale` carries from step to step."""
+    """What `track_noise_scale` carries from step to step; arrays of two hold tr Σ and ‖∇C‖²."""
 
+    step: Array
+    """Steps so far, int32."""
     weight: Array
-    """Σ of the weights that steps have in the sums below; scalar."""
-    trace: Array
-    """Weighted sum of the estimates of tr Σ."""
-    squared_norm: Array
-    """Weighted sum of the estimates of ‖G‖²."""
+    """Σ of the weights of all steps; scalar."""
+    total: Array
+    """Weighted sums of the two estimates, (2,)."""
+    block_weight: Array
+    """The weight of the block of steps under way; scalar."""
+    block_total: Array
+    """Weighted sums of the block under way, (2,)."""
+    squares: Array
+    """Σ over finished blocks of y yᵀ, y = (weight, weighted sums) of the block; (3, 3)."""
 
     def mean(self) -> NoiseParts:
         """The weighted means over the steps so far, unbiased; NaN before the first step.
 
         The noise scale is ``mean().ratio()``: a ratio of means, not a mean of ratios; NaN,
-        undetermined, where the mean estimate of ‖G‖² is not above 0.
+        undetermined, where the mean estimate of ‖∇C‖² is not above 0.
         """
         weight = jnp.where(self.weight > 0, self.weight, jnp.nan)
-        return NoiseParts(self.trace / weight, self.squared_norm / weight)
+        return NoiseParts(*(self.total / weight))
+
+    def noise_scale(self, confidence: float = 0.95) -> NoiseScale:
+        """The noise scale of the steps so far with an interval from blocks of steps.
+
+        With (W_b, y_b) the weight and the weighted sums of block b, μ the means and W = Σ W_b, the
+        covariance of μ is K/(K − 1) Σ_b (y_b − W_b μ)(y_b − W_b μ)ᵀ/W², where K = W²/Σ W_b² is the
+        number of blocks that count; the interval is Fieller's with Student's t of K − 1 degrees of
+        freedom. Finished blocks only. Blocks long against the correlation of steps make it hold; a
+        drift of B along training counts as spread. With less than three blocks ``low`` and ``high``
+        are NaN, and ``undetermined`` says whether the mean of ‖∇C‖² is ≤ 0.
+        """
+        mean = self.mean()
+        weights = self.weight - self.block_weight
+        parts = (self.total - self.block_total) / jnp.where(weights > 0, weights, jnp.nan)
+        toward = jnp.concatenate([-parts[:, None], jnp.eye(2, dtype=parts.dtype)], axis=1)  # (2, 3)
+        blocks = jnp.square(weights) / jnp.where(self.squares[0, 0] > 0, self.squares[0, 0], 1)
+        enough = blocks >= 3 - 1e-3
+        scale = blocks / jnp.where(enough, blocks - 1, jnp.nan) / jnp.square(weights)
+        covariance = toward @ self.squares @ toward.T * scale
+        spread = Spread(covariance[0, 0], covariance[0, 1], covariance[1, 1])
+        found = scale_of_means(mean, spread, self.step, blocks, confidence)
+        known = mean.squared_norm > 0
+        return dataclasses.replace(
+            found,
+            value=jnp.where(enough, found.value, mean.ratio()),
+            low=jnp.where(enough, found.low, jnp.nan),
+            high=jnp.where(enough, found.high, jnp.nan),
+            undetermined=jnp.where(enough, found.undetermined, ~known),
+        )
 
 
-def track_noise_scale(decay: float | Array | None = None) -> optax.GradientTransformationExtraArgs:
-    """Returns an optax transformation that averages tr Σ and ‖G‖² over steps; updates pass through.
+def track_noise_scale(
+    decay: float | Array | None = None, block_size: int = 50
+) -> optax.GradientTransformationExtraArgs:
+    """Returns an optax transformation that averages tr Σ and ‖∇C‖²; updates pass through.
 
     Each step hands its two unbiased estimates to ``update(..., noise=parts)``; `noise_of_examples`,
     `noise_of_parts` and `noise_of_shards` make them. The state keeps weighted sums of each apart
     and the sum of the weights, so that ``state.mean()`` is unbiased from the first step on and
-    ``state.mean().ratio()`` is the ratio of means.
+    ``state.mean().ratio()`` is the ratio of means. ``state.noise_scale()`` adds an interval, from
+    blocks of steps.
 
     With decay β the weight of a step s steps ago is β^s, a memory of about 1/(1 − β) steps; None
-    weighs all steps alike.
+    weighs all steps alike. An interval needs at least three blocks in that memory.
 
     Args:
       decay: β in (0, 1), or None.
+      block_size: steps in a block, at least 1.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with `NoiseTrackingState`; find it in the state of
       a chain by its place, or by `optax.tree.get`.
 
     Raises:
-      ValueError: a concrete decay outside (0, 1); ``update`` raises it where noise is missing.
-      TypeError: decay is not one number; ``update`` raises it where noise is no `NoiseParts`.
+      ValueError: a concrete decay outside (0, 1); block_size < 1; ``update`` raises it if noise is
+        missing.
+      TypeError: decay is not one number; ``update`` raises it if noise is not `NoiseParts`.
 
     >>> import jax.numpy as jnp, optax
     >>> optimizer = optax.chain(track_noise_scale(), optax.sgd(0.5))
@@ -68,11 +115,12 @@ def track_noise_scale(decay: float | Array | None = None) -> optax.GradientTrans
     """
     if decay is not None:
         _validate.finite_float("decay", decay, low=0, low_allowed=False, high=1)
+    _validate.positive_int("block_size", block_size)
 
     def init(params: Params) -> Any:
         del params
-        zero = jnp.zeros([])
-        return NoiseTrackingState(zero, zero, zero)
+        zero, two = jnp.zeros([]), jnp.zeros(2)
+        return NoiseTrackingState(jnp.zeros([], jnp.int32), zero, two, zero, two, jnp.zeros((3, 3)))
 
     def update(
         updates: Params,
@@ -90,19 +138,30 @@ def track_noise_scale(decay: float | Array | None = None) -> optax.GradientTrans
             )
         if not isinstance(noise, NoiseParts):
             raise TypeError(f"noise must be NoiseParts, got {type(noise).__name__}")
-        kept = 1 if decay is None else decay
-
-        def fold(total: Array, value: Array | float) -> Array:
-            return kept * total + jnp.asarray(value, total.dtype)
-
-        sums = NoiseTrackingState(
-            fold(state.weight, 1.0),
-            fold(state.trace, noise.trace),
-            fold(state.squared_norm, noise.squared_norm),
-        )
-        return updates, sums
+        return updates, _fold(state, noise, 1 if decay is None else decay, block_size)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _fold(
+    state: NoiseTrackingState, noise: NoiseParts, kept: float | Array, block_size: int
+) -> NoiseTrackingState:
+    """The state after one more step; a block that is full joins the finished ones."""
+    values = jnp.stack([jnp.asarray(part, state.total.dtype) for part in noise])
+    step = state.step + 1
+    weight = kept * state.block_weight + 1
+    total = kept * state.block_total + values
+    squares = jnp.square(kept) * state.squares
+    block = jnp.concatenate([weight[None], total])
+    is_full = step % block_size == 0
+    return NoiseTrackingState(
+        step,
+        kept * state.weight + 1,
+        kept * state.total + values,
+        jnp.where(is_full, 0, weight),
+        jnp.where(is_full, 0, total),
+        jnp.where(is_full, squares + jnp.outer(block, block), squares),
+    )
 
 
 def noise_of_examples(

@@ -18,6 +18,44 @@ class SubsetErrors(NamedTuple):
     """⟨ĝ, G⟩/(‖ĝ‖ ‖G‖); NaN where ĝ or G is zero."""
 
 
+class MeanCosine(NamedTuple):
+    """E cos(ĝ, ∇C) over samples."""
+
+    mean: Array
+    """Over the samples whose cosine is defined; scalar."""
+    standard_error: Array
+    """Of ``mean``, from the spread of the samples; NaN of fewer than two."""
+
+
+def mean_cosine(gram: Array, samples: Sample) -> MeanCosine:
+    """Returns the mean cosine between an estimate ĝ and ∇C over samples, unbiased, with its error.
+
+    The expected cosine of one mini-batch, which the moments do not determine; `expected_cosine` is
+    another number, the cosine of expectations. Each cosine is exact, from the Gram matrix; the mean
+    over k samples has standard error s/√k. Costs k n² multiplications, as `subset_errors`.
+
+    Args:
+      gram: K = G Gᵀ, (n, n), as for `subset_errors`.
+      samples: k ≥ 1 samples: a `Sample` with arrays (k, m), ``jax.vmap`` of a sampler over keys.
+
+    Raises:
+      ValueError: as `subset_errors`.
+
+    >>> import jax.numpy as jnp
+    >>> gram = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> samples = Sample(jnp.array([[0], [1]]), jnp.array([[1.0], [1.0]]))
+    >>> round(float(mean_cosine(gram, samples).mean), 4)  # both 1/√2
+    0.7071
+    """
+    cosines = subset_errors(gram, samples).cosine.reshape(-1)
+    defined = jnp.isfinite(cosines)
+    count = jnp.sum(defined).astype(cosines.dtype)
+    mean = jnp.sum(jnp.where(defined, cosines, 0)) / count
+    squares = jnp.sum(jnp.where(defined, jnp.square(cosines - mean), 0))
+    error = jnp.sqrt(squares / jnp.where(count > 1, count - 1, jnp.nan) / count)
+    return MeanCosine(mean, error)
+
+
 def subset_errors(gram: Array, samples: Sample) -> SubsetErrors:
     """Returns the error and the cosine of many weighted subsets, without touching the network.
 

@@ -58,7 +58,7 @@ def expected_squared_distance(
       order: ``"with_replacement"``, m independent draws a step; ``"reshuffling"``, a new
         permutation every epoch; ``"fixed_order"``, one permutation, drawn once, for all epochs.
       learning_rate: α = ηλ in (0, 2), the learning rate in units of 1/λ.
-      num_examples: n ≥ 1.
+      num_examples: n ≥ 2; with one there is no noise and s² = 0.
       batch_size: m, a divisor of n.
       num_epochs: T, a whole number of at least 0, or infinity.
       step: k, 0 ≤ k < K = n/m.
@@ -90,7 +90,7 @@ def expected_squared_distance(
 
     def variance(weights: np.ndarray) -> float:
         spread = np.sum((weights - weights.mean()) ** 2)
-        return float(alpha**2 / m * n / max(n - 1, 1) * spread)
+        return float(alpha**2 / m * n / (n - 1) * spread)
 
     if order == "fixed_order":
         rounds = (1 - r ** (steps * num_epochs)) / (1 - r**steps)
@@ -146,6 +146,11 @@ def _check(
     if order not in get_args(Order):
         raise ValueError(f"order is {order!r}; expected one of {', '.join(get_args(Order))}")
     _check_rate(learning_rate)
+    if n < 2:
+        raise ValueError(
+            f"num_examples is {n}; expected at least 2. Of one example s² = 0, and an error in "
+            "units of s² is undefined: x − x* shrinks by 1 − ηλ a step"
+        )
     if n % m:
         raise ValueError(f"batch_size is {m}; expected a divisor of num_examples, {n}")
     if not (num_epochs >= 0 and (num_epochs == math.inf or num_epochs == int(num_epochs))):

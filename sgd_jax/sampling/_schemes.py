@@ -27,8 +27,13 @@ from sgd_jax import _validate
 from sgd_jax.distributed import sharding
 from sgd_jax.typing import Array
 
-_UNITS = 1 << 30
-"""Probabilities are rounded to this many parts: integers are drawn exactly, uniforms are not."""
+_HALF = 31
+"""Probabilities are whole numbers of 2⁻⁶²: pairs of 31 bits. Integers are drawn exactly."""
+
+_NUM_CANDIDATES = 32
+
+_LEAST_PROBABILITY = 2.0**-50
+"""Below it a probability in units of 2⁻⁶² is off by more than 2⁻¹², a part in 4,000."""
 
 _FLOYD = 32
 """Up to m² = 32n Floyd's m² comparisons take less time than sorting n (measured on a CPU)."""
@@ -356,8 +361,9 @@ def importance(key: Array, probabilities: Array, m: int, *, mesh: Mesh | None = 
 
     E‖ĝ − ∇C‖² = (1/m)(1/n² Σ_i ‖g_i‖²/p_i − ‖∇C‖²), least at p_i ∝ ‖g_i‖ (`optimal_probabilities`).
     ĝ is unbiased where p_i > 0 for every example whose gradient is not zero;
-    `sgd_jax.expected_squared_error`, which has the norms, checks that. Probabilities are rounded to
-    multiples of 2⁻³⁰ (never to zero) and weights made with the rounded ones: ĝ stays unbiased.
+    `sgd_jax.expected_squared_error`, which has the norms, checks that. Draws are exact in whole
+    numbers of 2⁻⁶², p_i as given up to their sum; smaller probabilities than 2⁻⁵⁰ are refused,
+    since the law at the p_i drawn would not be that at the p_i given.
 
     Args:
       key: a JAX random key.
@@ -366,8 +372,8 @@ def importance(key: Array, probabilities: Array, m: int, *, mesh: Mesh | None = 
       mesh: devices to lay the mini-batch out over, see above.
 
     Raises:
-      ValueError: p is no vector, is empty, has a negative or non-finite entry, or does not sum to
-        1. Where p is traced, the weights are NaN instead.
+      ValueError: p is not a vector, is empty, has a negative or non-finite entry or one in
+        (0, 2⁻⁵⁰), or does not sum to 1. If p is traced, the weights are NaN instead.
       TypeError: m is not a whole number, or p is not floating point.
 
     >>> sample = importance(jax.random.key(0), jnp.array([0.0, 1.0]), m=2)
@@ -391,13 +397,67 @@ def importance(key: Array, probabilities: Array, m: int, *, mesh: Mesh | None = 
         check_probabilities(concrete)
     # A NaN fails both comparisons.
     valid = jnp.all(probabilities >= 0) & (jnp.abs(jnp.sum(probabilities) - 1) <= 1e-5)
-    units = jnp.round(probabilities * _UNITS).astype(jnp.int32)
-    units = jnp.where(probabilities > 0, jnp.maximum(units, 1), 0)
-    upper = jnp.cumsum(units)
-    drawn = jax.random.randint(key, (m,), 0, jnp.maximum(upper[-1], 1), jnp.int32)
-    indices = jnp.searchsorted(upper, drawn, side="right").astype(jnp.int32)
-    weights = upper[-1].astype(float) / units[indices].astype(float) / (m * n)
+    valid &= jnp.all((probabilities == 0) | (probabilities >= _LEAST_PROBABILITY))
+    units = _in_units(probabilities)
+    upper = jax.lax.associative_scan(_add, units)
+    indices = _first_above(upper, _draw_below(key, m, (upper[0][-1], upper[1][-1])))
+    share = _as_float((units[0][indices], units[1][indices]))
+    weights = _as_float((upper[0][-1], upper[1][-1])) / share / (m * n)
     return _lay_out(indices, jnp.where(valid, weights, jnp.nan), mesh)
+
+
+_Pair = tuple[Array, Array]
+"""Whole numbers of 62 bits, two uint32 of 31 bits: the higher and the lower half."""
+
+
+def _in_units(probabilities: Array) -> _Pair:
+    """Each probability in units of 2⁻⁶², rounded down: scaling by powers of two is exact."""
+    scaled = probabilities * 2.0**_HALF
+    high = jnp.floor(scaled)
+    low = jnp.floor((scaled - high) * 2.0**_HALF)
+    return high.astype(jnp.uint32), low.astype(jnp.uint32)
+
+
+def _add(a: _Pair, b: _Pair) -> _Pair:
+    low = a[1] + b[1]
+    return a[0] + b[0] + (low >> _HALF), low & ((1 << _HALF) - 1)
+
+
+def _is_below(a: _Pair, b: _Pair) -> Array:
+    return (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+
+
+def _as_float(pair: _Pair) -> Array:
+    return pair[0].astype(float) + pair[1].astype(float) * 2.0**-_HALF
+
+
+def _draw_below(key: Array, m: int, total: _Pair) -> _Pair:
+    """Uniform whole numbers below ``total``, of about 2⁶²: the first of 32 candidates below it.
+
+    A candidate has 63 bits if the total exceeds 2⁶² and 62 otherwise, so that half of them or more
+    are below it, and none is with a probability of 2⁻³². (`jax.random.randint` is biased by up to a
+    half for ranges of this size.)
+    """
+    high, low = jax.random.bits(key, (2, _NUM_CANDIDATES, m), jnp.uint32)
+    high = jnp.where(total[0] >> _HALF == 0, high >> 1, high)
+    low = low >> 1
+    first = jnp.argmax(_is_below((high, low), total), axis=0)[None]
+    high, low = (jnp.take_along_axis(half, first, axis=0)[0] for half in (high, low))
+    return high, low
+
+
+def _first_above(upper: _Pair, drawn: _Pair) -> Array:
+    """The first index whose cumulated units exceed what is drawn, by bisection."""
+    n = upper[0].shape[0]
+    ends = (jnp.zeros_like(drawn[0], jnp.int32), jnp.full_like(drawn[0], n - 1, jnp.int32))
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) // 2
+        is_above = _is_below(drawn, (upper[0][middle], upper[1][middle]))
+        return jnp.where(is_above, low, middle + 1), jnp.where(is_above, middle, high)
+
+    return jax.lax.fori_loop(0, max(1, (n - 1).bit_length()), halve, ends)[1]
 
 
 def antithetic(key: Array, order: Array, m: int, *, mesh: Mesh | None = None) -> Sample:
@@ -471,6 +531,13 @@ def check_probabilities(probabilities: np.ndarray) -> None:
         raise ValueError(
             "probabilities must be finite and at least 0; "
             f"probabilities[{bad[0]}] is {probabilities[bad[0]]} ({bad.size} such entries)"
+        )
+    (tiny,) = np.nonzero((probabilities > 0) & (probabilities < _LEAST_PROBABILITY))
+    if tiny.size:
+        raise ValueError(
+            f"probabilities[{tiny[0]}] is {probabilities[tiny[0]]} ({tiny.size} such entries): "
+            "expected 0, or at least 2⁻⁵⁰ ≈ 9e-16. Mix in uniform draws: "
+            "optimal_probabilities(norms, floor=0.1)"
         )
     total = float(np.sum(probabilities))
     if abs(total - 1) > 1e-5:
