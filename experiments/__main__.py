@@ -4,6 +4,7 @@ Importing this module imports no JAX, so that help and a mistyped name are answe
 """
 
 import ast
+import difflib
 import importlib
 import os
 import runpy
@@ -28,9 +29,10 @@ programs; the beginning of a name is enough where no other begins so:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a program, with ``arguments`` or those of the command line; returns the exit code."""
     first, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
-    if first in ("-h", "-help", "--help"):
-        print(help_text())
-        return 0
+    if first == "help" and rest:
+        first, rest = rest[0], ["--help"]
+    if first in ("-h", "-help", "--help", "help"):
+        return _show(help_text())
     if first == "--version":
         print(f"sgd_jax {metadata.version('sgd_jax')}")
         return 0
@@ -44,6 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     sys.argv = [f"sgd-jax {program}", *rest]
     runpy.run_module(f"{__package__}.{program}", run_name="__main__", alter_sys=True)
+    return 0
+
+
+def _show(text: str) -> int:
+    """Prints a text; returns the exit code, that of SIGPIPE if nobody reads it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os._exit(128 + signal.SIGPIPE)  # or Python would try again as it ends
     return 0
 
 
@@ -77,7 +88,9 @@ def find_program(word: str) -> str:
     found = [name for name in names if word_of_module and name.startswith(word_of_module)]
     if len(found) != 1:
         meaning = f"may be {' or '.join(found)}" if found else "names no program"
-        raise ValueError(f"{word!r} {meaning}; expected one of {', '.join(names)}. See --help")
+        close = difflib.get_close_matches(word_of_module, names, n=1)
+        remedy = f"Did you mean {close[0]}?" if close and not found else "See --help"
+        raise ValueError(f"{word!r} {meaning}; expected one of {', '.join(names)}. {remedy}")
     return found[0]
 
 

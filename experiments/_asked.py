@@ -8,7 +8,7 @@ from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
-from experiments import _classifier, _cli, _recorded, _starting_point, _tabled
+from experiments import _classifier, _cli, _flags, _recorded, _starting_point, _tabled
 from experiments._cli import HelpGroups
 from experiments._config import Config as Training
 from experiments._tabled import Answer, Own, Row, Show, Table
@@ -87,7 +87,7 @@ def with_one_batch_size(asked: Asked[Own]) -> Asked[Own]:
 
 
 def show_nothing(table: Table, row: Row) -> None:
-    """Is what an experiment shows its rows to where nobody looks."""
+    """Default of ``show``: discards the row."""
 
 
 def answer(
@@ -120,7 +120,7 @@ def answer(
         config, given, output = _tabled.read_settings(kind, groups, smoke)
         asked = resolve(Asked(config, *_starting_point.prepare({**training, **given})))
         own = {Path(source).stem: dataclasses.asdict(asked.config)}  # pyright: ignore[reportArgumentType]
-        settings = {**dataclasses.asdict(asked.training), **own}
+        settings = {**_flags.settings_read(asked.training, groups), **own}
         folder, notes = _recorded.open_folder(output, settings, asked.dataset, None, source)
     total = num_rows(asked)
     return _tabled.record(folder, notes, total, functools.partial(find, asked), unit)

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import io
 import os
+import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,12 +47,12 @@ def start(
 
     def parse(argv: Sequence[str]) -> list[str]:
         if set(argv[1:]) & {"--help", "-help", "-h", "--helpshort", "--helpfull"}:
-            print(help_text(doc, groups, defaults))
+            print_or_leave(help_text(doc, groups, defaults))
             sys.exit(0)
         try:
             rest = flags.FLAGS(list(argv))
         except flags.Error as error:
-            fail(f"{error} (--help lists the flags)")
+            fail(f"{describe_flag_error(error)} (--help lists the flags)")
         if operands and not rest[1:]:
             fail(f"nothing was given to work on; expected {operands}. See --help")
         if rest[1:] and not operands:
@@ -66,9 +68,12 @@ def start(
             _platform.choose(_platform.PLATFORM.value)
         try:
             code = main(*argv[1:])
+            sys.stdout.flush()
         except KeyboardInterrupt as error:
             print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
             code = _signals.exit_code(error)
+        except BrokenPipeError:
+            leave_closed_pipe()
         except OSError as error:
             if not is_of_disk(error):
                 raise
@@ -91,6 +96,32 @@ def start(
     _signals.install()
     keep_compiled_programs()
     app.run(guarded, flags_parser=parse)
+
+
+def print_or_leave(text: str) -> None:
+    """Prints a text; ends the program if nobody reads it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        leave_closed_pipe()
+
+
+def leave_closed_pipe() -> NoReturn:
+    """Ends the program quietly, as SIGPIPE would: nobody reads its output, as after `| head`."""
+    os._exit(128 + signal.SIGPIPE)
+
+
+_EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
+def describe_flag_error(error: flags.Error) -> str:
+    """Returns what is wrong with a flag in a sentence; absl passes on the words of `int`."""
+    match = re.match(r"flag --(\w+)=(.*?): ", str(error), re.DOTALL)
+    flag = flags.FLAGS[match[1]] if match and match[1] in flags.FLAGS else None
+    expected = None if flag is None else _EXPECTED.get(flag.flag_type())
+    if match is None or expected is None or isinstance(flag, flags.EnumFlag | flags.EnumClassFlag):
+        return str(error)
+    return f"--{match[1]}={match[2]}: expected {expected}"
 
 
 def is_of_disk(error: OSError) -> bool:
@@ -152,6 +183,8 @@ def user_errors() -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:
+        raise
     except processes.OtherProcessError as error:
         if processes.is_first():
             fail(str(error))

@@ -11,6 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments import runs
 
 
+class _Console(Console):
+    """A console that tells its caller when nobody reads what it prints; rich would exit."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises BrokenPipeError; rich calls this while it handles one."""
+        raise
+
+
 class TableDisplay:
     """A table and, on a terminal, a progress bar below it; a context manager.
 
@@ -24,7 +32,7 @@ class TableDisplay:
     def __init__(
         self, labels: Sequence[str], total: int, unit: str, console: Console | None = None
     ):
-        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._console = console or _Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._progress = Progress(
             TextColumn(unit),
             MofNCompleteColumn(),
@@ -80,8 +88,10 @@ class TrainingDisplay(TableDisplay):
     """
 
     def __init__(self, num_epochs: int, console: Console | None = None):
-        super().__init__(runs.column_labels(), num_epochs, "epoch", console)
+        super().__init__([], num_epochs, "epoch", console)
 
     def show(self, record: dict[str, Any]) -> None:
         """Shows a line of metrics; for several seeds their medians."""
+        if not self._started:
+            self.begin(runs.column_labels(record))
         self.add(runs.format_record(record), record["epoch"])

@@ -1,12 +1,14 @@
 """The flags of a classification run, by heading: defined once, for every program that trains."""
 
+import dataclasses
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from absl import flags
 
-from experiments import _classifier, _processes
+from experiments import _classifier, _optimizers, _processes
 from experiments._cli import HelpGroups
 from experiments._config import DTYPES, NOISE_SPLITS, NUM_HIDDEN, SMOKE_EPOCHS, Config
 from experiments._recorded import Output
@@ -52,7 +54,10 @@ GROUPS: HelpGroups = {
             "norm test (tr Σ/‖G‖²) or CABS (η tr Σ/C) asks for, as measured along training.",
         ),
         flags.DEFINE_float(
-            "learning_rate", Config.learning_rate, "η, times the mean gradient of a mini-batch."
+            "learning_rate",
+            Config.learning_rate,
+            "η, times the mean gradient of a mini-batch; by default "
+            f"{_optimizers.ADAPTIVE_LEARNING_RATE:g} for another optimizer than sgd.",
         ),
         flags.DEFINE_integer(
             "epochs",
@@ -165,7 +170,9 @@ def given_settings(groups: HelpGroups = GROUPS) -> dict[str, Any]:
     holders = [holder for group in (*GROUPS.values(), *groups.values()) for holder in group]
     given = {holder.name: holder.value for holder in holders if holder.present}
     if unread := sorted(given.keys() - known):
-        raise ValueError(f"--{unread[0]} means nothing to this program; leave it out. See --help")
+        close = difflib.get_close_matches(unread[0], known, n=1)
+        remedy = f"did you mean --{close[0]}?" if close else "leave it out."
+        raise ValueError(f"--{unread[0]} means nothing to this program; {remedy} See --help")
     if given.get("batch_size", "").startswith("adaptive:"):
         given["adaptive"] = given.pop("batch_size").removeprefix("adaptive:")
     for name, parse in (("sizes", _parse_sizes), ("batch_size", _parse_batch_size)):
@@ -179,7 +186,21 @@ def given_settings(groups: HelpGroups = GROUPS) -> dict[str, Any]:
             given["dataset"] = str(path.absolute())
     if given.get("smoke"):
         given.setdefault("epochs", SMOKE_EPOCHS)
+    if "optimizer" in given and "learning_rate" in known and not given.get("resume"):
+        default = _optimizers.default_learning_rate(given["optimizer"], Config.learning_rate)
+        given.setdefault("learning_rate", default)
     return given
+
+
+def settings_read(config: Config, groups: HelpGroups) -> dict[str, Any]:
+    """Returns the settings of a run that its program reads: those that have a flag in ``groups``.
+
+    ``adaptive`` is among them if ``batch_size`` is, whose flag sets it.
+    """
+    names = {holder.name for group in groups.values() for holder in group}
+    if "batch_size" in names:
+        names.add("adaptive")
+    return {name: value for name, value in dataclasses.asdict(config).items() if name in names}
 
 
 def parse_batch_sizes(words: Sequence[str]) -> tuple[int, ...]:

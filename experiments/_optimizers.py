@@ -11,6 +11,16 @@ import optax
 import sgd_jax as sj
 from sgd_jax.networks import Network
 
+ADAPTIVE_LEARNING_RATE = 0.01
+"""Default of optimizers whose steps do not shrink with the gradient, as those of adam."""
+
+_STEPS_LIKE_SGD = ("sgd", "noisy_sgd", "optimistic_gradient_descent")
+
+
+def default_learning_rate(name: str, of_sgd: float) -> float:
+    """Returns the learning rate for an optimizer that is given none; ``of_sgd`` is that of SGD."""
+    return of_sgd if name in _STEPS_LIKE_SGD else ADAPTIVE_LEARNING_RATE
+
 
 def make_optimizer(
     name: str, *, learning_rate: float, momentum: float, nesterov: bool, weight_decay: float

@@ -99,9 +99,15 @@ def make_mesh(given: dict[str, Any]) -> Mesh | None:
             )
         return sharding.data_mesh()
     if number is not None and not 1 <= number <= available:
+        there = "is 1 device" if available == 1 else f"are {available} devices"
+        remedy = (
+            f"JAX_NUM_CPU_DEVICES={number} in the environment makes {number} of a CPU"
+            if number > available and jax.default_backend() == "cpu"
+            else "Leave it out to use one"
+        )
         raise ValueError(
-            f"num_devices is {number}; expected 1 to {available}, the devices of this process. "
-            "A CPU is one, or as many as JAX_NUM_CPU_DEVICES in the environment says"
+            f"num_devices is {number}; expected at least 1 and at most what this process has, and "
+            f"there {there} ({jax.devices()[0].device_kind}). {remedy}"
         )
     return sharding.data_mesh(jax.devices()[:number]) if (number or 1) > 1 else None
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import shlex
 import statistics
 import sys
 import time
@@ -271,8 +272,9 @@ def record(
         records = folder.read_metrics()
         if records and status != "failed":
             with _signals.shielded():
-                _conclude(folder, config, records, status, first_seed)
-            print(f"{time.perf_counter() - began:.1f} s in all")
+                seconds = time.perf_counter() - began
+                _conclude(folder, config, records, status, first_seed, seconds)
+            print(f"{seconds:.1f} s in all")
         print(f"run folder: {folder.path}")
     finally:
         folder.lock.release()
@@ -341,6 +343,8 @@ def _train(
         except KeyboardInterrupt as error:
             why = f"{str(error) or 'interrupted'}; every epoch that was finished is saved: {go_on}"
             return "interrupted", _signals.exit_code(error), why
+        except BrokenPipeError:
+            raise
         except data.ChangedFileError as error:
             why = f"{error}. {_name_last(folder)}. Put the file back, then {go_on}"
             return "failed", 1, why
@@ -367,14 +371,17 @@ def _conclude(
     records: list[runs.Record],
     status: str,
     first_seed: int,
+    seconds: float,
 ) -> None:
     """Writes picture, report and, last of all, `summary.json`; prints what came out."""
     summary = {"status": status, **runs.summarize(records, first_seed), "device": config["device"]}
+    summary["seconds_in_all"] = round(seconds, 1)
     _write_report(folder, config, records, summary)
     folder.write_summary(summary)
+    when = " before it diverged" if status == "diverged" else ""
     if summary["num_seeds"] == 1:
         print(
-            f"test accuracy: {summary['final_test_accuracy']:.2%} at the end, "
+            f"test accuracy{when}: {summary['final_test_accuracy']:.2%} at the end, "
             f"{summary['best_test_accuracy']:.2%} at best (epoch {summary['best_epoch']}), "
             f"{summary['test_accuracy_at_best_validation']:.2%} where validation was best "
             f"(epoch {summary['best_validation_epoch']})"
@@ -383,8 +390,8 @@ def _conclude(
         for name, spread in summary["spread"].items():
             low, middle, high = (spread[key] for key in ("min", "median", "max"))
             print(
-                f"{name.replace('_', ' ')} of {summary['num_seeds']} seeds: median {middle:.2%}, "
-                f"least {low:.2%}, largest {high:.2%}"
+                f"{name.replace('_', ' ')}{when} of {summary['num_seeds']} seeds: "
+                f"median {middle:.2%}, least {low:.2%}, largest {high:.2%}"
             )
     if summary["num_stuck"]:
         seeds = ", ".join(map(str, summary["stuck_seeds"]))
@@ -426,11 +433,95 @@ def _write_report(
     runs.write_report(
         folder.report_path,
         title=title,
-        config=config,
-        summary=summary,
+        settings=shown_settings(config),
+        header=_header(summary, records),
         records=records,
         figure=folder.figure_path,
     )
+
+
+def _header(summary: dict[str, Any], records: list[runs.Record]) -> dict[str, str]:
+    """Returns what stands at the head of a report of `train`: a few named numbers."""
+
+    def accuracy(name: str) -> str:
+        spread = summary["spread"][name]
+        if summary["num_seeds"] == 1:
+            return f"{spread['median']:.2%}"
+        return (
+            f"{spread['median']:.2%}, the median of {summary['num_seeds']} seeds; "
+            f"{spread['min']:.2%} to {spread['max']:.2%}"
+        )
+
+    epoch, validated = summary["best_epoch"], summary["best_validation_epoch"]
+    chosen = f"{summary['test_accuracy_at_best_validation']:.2%}"
+    final = accuracy("final_test_accuracy")
+    header = {
+        "best test accuracy": f"{accuracy('best_test_accuracy')} (epoch {epoch})",
+        "test accuracy at the end": f"{final} (epoch {summary['epochs']})",
+        "where validation was best": f"{chosen} (epoch {validated})",
+    }
+    if records[-1].get("noise_scale") is not None and summary["num_seeds"] == 1:
+        low, high = (records[-1][f"noise_scale_{end}"] for end in ("low", "high"))
+        upper = "no upper bound" if high is None else f"{high:.4g}"
+        header["noise scale B at the end"] = (
+            f"{records[-1]['noise_scale']:.4g} examples ({low:.4g} to {upper}, 95 %)"
+        )
+    if "batch_size" in records[-1]:
+        first, last = (records[i]["batch_size"] for i in (0, -1))
+        header["batch size m"] = f"{first} at the beginning, {last} at the end"
+    if summary["num_stuck"]:
+        seeds = ", ".join(map(str, summary["stuck_seeds"]))
+        header["stuck"] = f"{summary['num_stuck']} of {summary['num_seeds']} seeds: {seeds}"
+    seconds = f"{summary['seconds']:.3g} of training"
+    if "seconds_in_all" in summary:
+        seconds = f"{summary['seconds_in_all']:.1f} in all, {seconds}"
+    return header | {"seconds": seconds, "status": summary["status"]}
+
+
+def named_numbers(summary: dict[str, Any]) -> dict[str, Any]:
+    """Returns a summary with names to read: words for underscores, nested ones side by side."""
+    named = {}
+    for name, value in summary.items():
+        label = name.replace("_", " ")
+        if isinstance(value, dict):
+            named |= {f"{label}: {inner}": of for inner, of in named_numbers(value).items()}
+        else:
+            named[label] = value
+    return named
+
+
+_ONLY_WITH = {
+    "chunk_mib": ("stream",),
+    "save_every": ("stream",),
+    "noise_examples": ("track_noise", "adaptive"),
+    "nesterov": ("momentum",),
+}
+"""Settings that nothing reads unless one of others is set."""
+
+_NOT_SHOWN = ("resume", "log_to", "run_name", "out_dir", "data_sha256")
+
+
+def shown_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings for a report: those that were used, and the command as one line."""
+    shown = {}
+    for name, value in config.items():
+        conditions = _ONLY_WITH.get(name, ())
+        is_used = not conditions or any(config.get(other) for other in conditions)
+        if value is None or name in _NOT_SHOWN or not is_used:
+            continue
+        shown[name.replace("_", " ")] = value
+    command = config.get("command")
+    return shown | ({"command": pasteable(command)} if command else {})
+
+
+def pasteable(command: list[str]) -> str:
+    """Returns the command of a run as a line for a shell; `sgd-jax NAME` for its programs."""
+    if command[0].startswith("sgd-jax "):
+        return " ".join([command[0], *map(shlex.quote, command[1:])])
+    path = Path(command[0])
+    is_ours = path.suffix == ".py" and path.parent.name == Path(__file__).parent.name
+    first = f"sgd-jax {path.stem}" if is_ours else shlex.quote(command[0])
+    return " ".join([first, *map(shlex.quote, command[1:])])
 
 
 def _validation_accuracy(record: runs.Record) -> float:

@@ -202,11 +202,12 @@ def _record(
             return 1
     if not processes.is_first():
         return 0
-    _write(folder, answer)
+    seconds = time.perf_counter() - began
+    _write(folder, answer, seconds)
     for table, _ in answer.tables:
         if table.legend:
             print(textwrap.fill(table.legend, shutil.get_terminal_size((100, 24)).columns))
-    print(f"{time.perf_counter() - began:.1f} s in all")
+    print(f"{seconds:.1f} s in all")
     print(f"run folder: {folder.path}")
     return 0
 
@@ -220,8 +221,9 @@ def _leave_what_is_there(
     """Writes the rows of an interrupted run and says where; returns the exit code."""
     if processes.is_first():
         with _signals.shielded():
-            for table, rows in shown.items():
-                runs.write_text(folder.path / f"{table.stem}.csv", _csv(rows))
+            if shown:
+                title = f"{folder.path.name}: interrupted"
+                _write_report(folder, Answer(title, {}, list(shown.items()), []))
             left = "the rows found so far are kept" if shown else "no row was found yet"
             if can_resume:
                 left += f": continue with --resume --run_name={folder.path.name}"
@@ -230,8 +232,17 @@ def _leave_what_is_there(
     return _signals.exit_code(error)
 
 
-def _write(folder: runs.RunFolder, answer: Answer) -> None:
-    sections = {"": runs.html_pairs(answer.summary)}
+def _write(folder: runs.RunFolder, answer: Answer, seconds: float) -> None:
+    _write_report(folder, answer, seconds)
+    folder.write_summary({"status": "complete", **answer.summary})
+
+
+def _write_report(folder: runs.RunFolder, answer: Answer, seconds: float | None = None) -> None:
+    """Writes pictures, CSV files and the report."""
+    header = _recorded.named_numbers(answer.summary)
+    if seconds is not None:
+        header["seconds in all"] = round(seconds, 1)
+    sections = {"": runs.html_pairs(header)} if header else {}
     for picture in answer.pictures:
         path = folder.path / "figures" / f"{picture.stem}{picture.suffix}"
         if isinstance(picture.figure, Figure):
@@ -246,9 +257,8 @@ def _write(folder: runs.RunFolder, answer: Answer) -> None:
     csv_files = {table.stem: rows for table, rows in answer.tables} | dict(answer.curves)
     for stem, rows in csv_files.items():
         runs.write_text(folder.path / f"{stem}.csv", _csv(rows))
-    sections["Settings"] = runs.html_pairs(folder.read_config())
+    sections["Settings"] = runs.html_pairs(_recorded.shown_settings(folder.read_config()))
     runs.write_page(folder.report_path, answer.title, sections)
-    folder.write_summary({"status": "complete", **answer.summary})
 
 
 def _csv(rows: Sequence[Row]) -> str:

@@ -234,7 +234,10 @@ def main() -> int:
         has_anchor = params is None and training.epochs > 0
         n, num_classes = len(dataset.train.labels), len(np.unique(dataset.train.labels))
         config = resolve(config, n, num_classes, has_anchor)
-        settings = {**dataclasses.asdict(training), "comparison": dataclasses.asdict(config)}
+        settings = {
+            **_flags.settings_read(training, GROUPS),
+            "comparison": dataclasses.asdict(config),
+        }
         folder, notes = _recorded.open_folder(output, settings, dataset, None, __file__)
 
     def find(show: _tabled.Show) -> _tabled.Answer:

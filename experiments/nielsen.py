@@ -192,7 +192,7 @@ def main() -> int:
         config, dataset = _starting_point.prepare(_TRAINING | smoke | given)
         if config.epochs < 1:
             raise ValueError("epochs is 0; expected at least 1 to have something to compare")
-        settings = dataclasses.asdict(config)
+        settings = _flags.settings_read(config, GROUPS)
         folder, notes = _recorded.open_folder(output, settings, dataset, None, __file__)
 
     def find(show: _tabled.Show) -> _tabled.Answer:

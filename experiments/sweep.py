@@ -351,7 +351,7 @@ def main() -> int:
         if config.epochs < 1:
             raise ValueError("epochs is 0; expected at least 1 to compare anything")
         config = check(config, grid, dataset)
-        settings = {**dataclasses.asdict(config), "sweep": dataclasses.asdict(grid)}
+        settings = {**_flags.settings_read(config, GROUPS), "sweep": dataclasses.asdict(grid)}
         folder, notes = _recorded.open_folder(output, settings, dataset, stored, __file__)
     find = functools.partial(_find, folder, config, grid, dataset)
     num_rows = len(grid.batch_sizes) * len(grid.learning_rates)

@@ -132,7 +132,7 @@ def run(
 
     def report(state: sj.TrainState, epoch: int, seconds: float) -> None:
         measured = programs.evaluate(state.params)
-        _check_measured(measured, epoch, config)
+        _check_measured(measured, epoch, config, n)
         if measure_noise:
             measured |= measure_noise(state.params, epoch)
         if config.adaptive:
@@ -158,7 +158,7 @@ def run(
         run_epoch = programs.make_epoch(batch_size)
         for part, seconds in _clocked(run_epoch(done.state, epoch, done.num_parts), done.seconds):
             done = Progress(part.state, done.record, done.num_parts + 1, seconds)
-            _check_costs(np.asarray(part.costs), epoch, config, part.steps.start, part.num_steps)
+            _check_costs(np.asarray(part.costs), epoch, config, n, part)
             if part.steps.stop < part.num_steps:
                 on_part(done)
         report(done.state, epoch, done.seconds)
@@ -180,31 +180,52 @@ def _clocked(
 
 
 def _check_costs(
-    costs: np.ndarray, epoch: int, config: Config, first: int = 0, num_steps: int | None = None
+    costs: np.ndarray, epoch: int, config: Config, n: int, part: _classifier.Part
 ) -> None:
     """Raises DivergenceError at the first of the costs (num_seeds, steps) that is not finite.
 
-    ``first`` is the number of their first step in the epoch, which has ``num_steps``.
+    They are those of a part of an epoch; n is the number of training examples.
     """
     bad = ~np.isfinite(costs)
     if bad.any():
         step = int(np.argmax(bad.any(axis=0)))
         index = int(np.argmax(bad[:, step]))
-        where = f"at epoch {epoch}, step {first + step + 1} of {num_steps or costs.shape[1]}"
-        raise _divergence(f"the cost became {costs[index, step]} {where}", index, config)
+        where = f"at epoch {epoch}, step {part.steps.start + step + 1} of {part.num_steps}"
+        raise _divergence(f"the cost became {costs[index, step]} {where}", index, config, n)
 
 
-def _check_measured(measured: dict[str, Any], epoch: int, config: Config) -> None:
+def _check_measured(measured: dict[str, Any], epoch: int, config: Config, n: int) -> None:
     for name, values in measured.items():
         for index, value in enumerate(runs.per_seed(values)):
             if not math.isfinite(value):
-                raise _divergence(f"{name} is {value} at the end of epoch {epoch}", index, config)
+                raise _divergence(
+                    f"{name} is {value} at the end of epoch {epoch}", index, config, n
+                )
 
 
-def _divergence(what: str, index: int, config: Config) -> DivergenceError:
-    return DivergenceError(
-        f"{what} (seed {config.seed + index}). The likely cause is a learning rate that is too "
-        f"large, {config.learning_rate:g}: try --learning_rate={config.learning_rate / 10:g}"
+def _divergence(what: str, index: int, config: Config, n: int) -> DivergenceError:
+    return DivergenceError(f"{what} (seed {config.seed + index}). {likely_cause(config, n)}")
+
+
+def likely_cause(config: Config, n: int) -> str:
+    """Returns what probably made a cost infinite, judged by the settings, and what to try."""
+    rate, decay = config.learning_rate, config.learning_rate * config.weight_decay / n
+    if decay > 2:  # |1 − ηλ/n| > 1: the weights grow
+        return (
+            f"The likely cause is a weight decay that is too large: each step multiplies the "
+            f"weights by 1 − ηλ/n = {1 - decay:.4g}. Try --weight_decay={0.1 * n / rate:.2g}, for "
+            "which it is 0.9, or less"
+        )
+    if config.momentum >= 0.9:
+        effective = rate / (1 - config.momentum)
+        return (
+            f"The likely cause is that the learning rate {rate:g} with momentum "
+            f"{config.momentum:g} moves as far as {effective:g} without: try "
+            f"--learning_rate={rate * (1 - config.momentum):.2g}"
+        )
+    return (
+        f"The likely cause is a learning rate that is too large, {rate:g}: try "
+        f"--learning_rate={rate / 10:g}"
     )
 
 

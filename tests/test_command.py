@@ -152,6 +152,15 @@ def test_the_beginning_of_a_name_is_enough(word, program):
     assert command.find_program(program.replace("_", "-")) == program
 
 
+def test_a_mistyped_program_is_named_and_help_is_a_word(capsys):
+    assert command.main(["trian"]) == 2
+    assert capsys.readouterr().err.endswith("Did you mean train?\n")
+    assert command.main(["help"]) == 0
+    assert capsys.readouterr().out == command.help_text() + "\n"
+    assert command.main(["help", "trian"]) == 2
+    assert capsys.readouterr().err.endswith("Did you mean train?\n")
+
+
 @pytest.mark.parametrize("word", ["", "_cli", "__main__", "trainer", "../train", "train.py"])
 def test_a_word_that_names_no_program_is_refused(word):
     with pytest.raises(ValueError, match="names no program; expected one of"):

@@ -195,8 +195,9 @@ def test_a_run_killed_within_an_epoch_goes_on_bit_for_bit(folder, whole, tmp_pat
 def test_a_divergence_in_a_later_chunk_names_its_step_in_the_epoch():
     costs = np.ones((1, 6))
     costs[0, 4] = np.nan
+    part = _classifier.Part(None, costs, range(6, 12), 12)
     with pytest.raises(_recorded.DivergenceError, match="epoch 2, step 11 of 12"):
-        train._check_costs(costs, 2, Config(), first=6, num_steps=12)
+        train._check_costs(costs, 2, Config(), 60, part)
 
 
 BAD_FLAGS = {

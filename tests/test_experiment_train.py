@@ -17,9 +17,11 @@ import numpy as np
 import optax
 import pytest
 import reference
+from absl import flags
 from rich.console import Console
 
 import sgd_jax as sj
+from experiments import __main__ as command
 from experiments import _classifier, _cli, _flags, _processes, _recorded, runs, train
 from experiments._config import Config, make_optimizer, resolve
 from experiments._console import TrainingDisplay
@@ -419,9 +421,34 @@ def test_a_divergence_names_epoch_step_and_seed():
     costs[1, 5] = np.inf
     message = r"nan at epoch 7, step 5 of 6 \(seed 12\).*try --learning_rate=0.3"
     with pytest.raises(_recorded.DivergenceError, match=message):
-        train._check_costs(costs, 7, Config(seed=10, num_seeds=3))
+        train._check_costs(costs, 7, Config(seed=10, num_seeds=3), 60, part(range(6), 6))
     with pytest.raises(_recorded.DivergenceError, match=r"cost_test is inf .*epoch 7 \(seed 11\)"):
-        train._check_measured({"cost_test": [1.0, np.inf]}, 7, Config(seed=10, num_seeds=2))
+        train._check_measured({"cost_test": [1.0, np.inf]}, 7, Config(seed=10, num_seeds=2), 60)
+
+
+def part(steps, num_steps):
+    return _classifier.Part(None, None, steps, num_steps)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        ({}, r"a learning rate that is too large, 3: try --learning_rate=0.3"),
+        ({"weight_decay": 1e9}, r"a weight decay .* 1 − ηλ/n = -3e\+06. Try --weight_decay=33,"),
+        ({"weight_decay": 100.0}, "a learning rate that is too large"),
+        ({"momentum": 0.99}, r"3 with momentum 0.99 moves as far as 300 .*--learning_rate=0.03"),
+    ],
+)
+def test_the_likely_cause_of_a_divergence_is_judged_by_the_settings(settings, cause):
+    assert re.search(f"The likely cause is (that the learning rate )?{cause}",
+                     train.likely_cause(Config(**settings), n=1000))  # fmt: skip
+
+
+def test_a_weight_decay_that_makes_weights_grow_is_named_by_the_program(tmp_path, capsys):
+    assert in_process.call(train, f"--out_dir={tmp_path}", "--weight_decay=1e9", "--epochs=1") == 1
+    printed = capsys.readouterr()
+    assert "The likely cause is a weight decay that is too large" in printed.err
+    assert "test accuracy before it diverged: " in printed.out
 
 
 # Bad input
@@ -447,6 +474,10 @@ BAD_FLAGS = {
     "--sizes=5,0,3": r"sizes is \(5, 0, 3\)",
     "--sizes=5;3": "sizes is '5;3'",
     "--dataset=cifar": "dataset is 'cifar'",
+    "--dataset=mnits": "dataset is 'mnits'; .* Did you mean mnist",
+    "--dataset=mnits --stream": "dataset is 'mnits', which .* Did you mean mnist",
+    "--dataset=mnist --data_dir=/nowhere": "data_dir is '/nowhere', but there is no such folder",
+    "--num_devices=99": "num_devices is 99; expected .*there is 1 device .*JAX_NUM_CPU_DEVICES=99",
     "--dataset=none.npz": "none.npz",
     "--optimizer=addam": "Did you mean adam",
     "--log_to=csv": "log_to names 'csv'",
@@ -454,6 +485,110 @@ BAD_FLAGS = {
     "--resume": "expected --run_name",
     "--resume --run_name=absent": "no such run",
 }
+
+
+def test_a_run_that_is_not_there_names_the_one_of_a_similar_name_or_the_latest(tmp_path):
+    for k in range(12):
+        runs.RunFolder.create(tmp_path, f"run{k}", "").write_config({})
+        os.utime(tmp_path / f"run{k}" / "config.json", (k, k))
+    with pytest.raises(FileNotFoundError, match=r"no such run. Did you mean run1\?"):
+        runs.RunFolder.open(tmp_path, "rum1")
+    with pytest.raises(FileNotFoundError, match=r"latest first: run11, run10, .*, run4 and 4 more"):
+        runs.RunFolder.open(tmp_path, "zzzz")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--optimizer=adam"], 0.01),
+        (["--optimizer=adam", "--learning_rate=2"], 2.0),
+        (["--optimizer=sgd"], 3.0),
+        ([], None),
+        (["--optimizer=adam", "--resume"], None),
+    ],
+)
+def test_the_default_of_the_learning_rate_is_that_of_the_optimizer(words, expected):
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["program", *words])
+    assert _flags.given_settings().get("learning_rate") == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--epochs=1.5", "--epochs=1.5: expected a whole number"),
+        ("--learning_rate=fast", "--learning_rate=fast: expected a number"),
+        ("--smoke=3", "--smoke=3: expected true or false"),
+        ("--cost=best", "flag --cost=best: value should be one of <quadratic|cross_entropy"),
+    ],
+)
+def test_a_flag_that_cannot_be_parsed_says_what_was_expected(word, message):
+    flags.FLAGS.unparse_flags()
+    with pytest.raises(flags.Error) as raised:
+        flags.FLAGS(["program", word])
+    assert _cli.describe_flag_error(raised.value).startswith(message)
+
+
+class ClosedPipe(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("show", [_cli.print_or_leave, command._show])
+def test_a_text_that_nobody_reads_ends_the_program_as_sigpipe_does(monkeypatch, show):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    show("help")
+    assert codes == [141]
+
+
+def test_a_run_whose_output_nobody_reads_ends_quietly_and_can_be_resumed(tmp_path, capsys):
+    display = TrainingDisplay(2, TrainingDisplay(2)._console.__class__(file=ClosedPipe()))
+    with pytest.raises(BrokenPipeError):
+        display.say("nobody reads this")
+    arguments = [f"--out_dir={tmp_path}", "--run_name=piped", "--epochs=2"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "stdout", ClosedPipe())
+        with pytest.raises(BrokenPipeError):
+            in_process.call(train, *arguments)
+    assert capsys.readouterr().err == ""
+    assert in_process.call(train, *arguments, "--resume") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["--help", "--smoke"])
+def test_a_closed_pipe_ends_a_program_with_the_code_of_sigpipe(tmp_path, word):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", "train", word, f"--out_dir={tmp_path}"],
+        cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_report_shows_named_numbers_the_settings_used_and_a_command_to_paste(tmp_path):
+    arguments = [f"--out_dir={tmp_path}", "--run_name=mine", "--epochs=1", "--track_noise"]
+    assert in_process.call(train, *arguments) == 0
+    folder = runs.RunFolder(tmp_path / "mine")
+    sections = runs.read_page(folder.report_path).sections
+    best = folder.read_summary()["best_test_accuracy"]
+    assert f">best test accuracy</th><td>{best:.2%} (epoch " in sections[""]
+    assert ">noise scale B at the end</th>" in sections[""]
+    assert f">{folder.read_summary()['seconds_in_all']:.1f} in all, " in sections[""]
+    assert ">noise examples<" in sections["Settings"]
+    for unused in ("chunk mib", "save every", "resume", "None"):
+        assert unused not in sections["Settings"]
+    assert ">B</th>" in sections["Epochs"]
+
+
+def test_the_command_of_a_run_is_a_line_for_a_shell():
+    path = str(pathlib.Path(train.__file__))
+    line = _recorded.pasteable([path, "--run_name=a", "--dataset=my data.npz"])
+    assert line == "sgd-jax train --run_name=a '--dataset=my data.npz'"
+    assert _recorded.pasteable(["sgd-jax train", "--smoke"]) == "sgd-jax train --smoke"
 
 
 @pytest.mark.parametrize("bad", BAD_FLAGS)

@@ -18,6 +18,7 @@ import sgd_jax as sj
 from experiments import (
     _classifier,
     _orders,
+    _recorded,
     _sampler_rounds,
     _starting_point,
     _tabled,
@@ -412,6 +413,7 @@ def test_an_interrupted_run_leaves_the_rows_it_has_found_and_says_where(
     tmp_path, capsys, can_resume
 ):
     folder = runs.RunFolder.create(tmp_path, "mine", "train")
+    folder.write_config({"experiment": "samplers"})
     rows = [{"m": 1, "cost": 0.5}, {"m": 10, "cost": None}]
 
     def find(show):
@@ -428,6 +430,8 @@ def test_an_interrupted_run_leaves_the_rows_it_has_found_and_says_where(
         {"m": "1", "cost": "0.5"}, {"m": "10", "cost": ""},
     ]  # fmt: skip
     assert not folder.summary_path.exists()
+    _recorded.renew_report(folder)  # of what was kept
+    assert "mine: interrupted" in folder.report_path.read_text()
 
 
 @pytest.mark.parametrize(

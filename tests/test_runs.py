@@ -532,8 +532,8 @@ def write_report(tmp_path):
         runs.write_report(
             folder.report_path,
             title=title,
-            config=folder.read_config(),
-            summary={"best_test_accuracy": 0.9},
+            header={"best test accuracy": "90.00%"},
+            settings=folder.read_config(),
             records=[record(0, 0.125), seeds(1, [0.7, 0.8, 0.5], [0, 0, 3])],
             figure=folder.figure_path,
         )
@@ -559,6 +559,24 @@ def test_the_report_is_one_escaped_file_with_its_picture(write_report):
     assert "12.50%" in text
     assert "70.00%" in text  # the median
     assert "http" not in text
+
+
+def test_the_table_of_epochs_shows_noise_scale_and_batch_size_if_they_were_measured():
+    plain = record(0, 0.5)
+    assert runs.column_labels(plain)[-2:] == ["‖∇C‖", "seconds"]
+    noisy = record(0, 0.5, noise_scale=123.456, batch_size=20)
+    assert runs.column_labels(noisy)[-3:] == ["B", "m", "seconds"]
+    assert runs.format_record(noisy)[-3:] == ["123.5", "20", "0.250"]
+    assert runs.format_record(noisy | {"noise_scale": None})[-3] == "–"
+    assert runs.format_record(noisy | {"noise_scale": [5.0, None, 7.0]})[-3] == "7"
+    assert runs.format_record(noisy | {"noise_scale": [5.0, None, None]})[-3] == "–"
+
+
+@pytest.mark.parametrize(("num_rows", "is_folded"), [(32, False), (33, True)])
+def test_a_long_table_is_folded_and_says_how_long_it_is(num_rows, is_folded):
+    table = runs.html_table(["m"], [["1"]] * num_rows)
+    assert ("<details><summary>33 rows</summary>" in table) == is_folded
+    assert Outline(table).faults == []
 
 
 class Outline(html.parser.HTMLParser):

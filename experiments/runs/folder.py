@@ -1,5 +1,6 @@
 """The folder of one run: never that of another, and every JSON file in it whole at any moment."""
 
+import difflib
 import json
 import os
 import re
@@ -79,10 +80,9 @@ class RunFolder:
         out_dir = Path(out_dir)
         folder = cls(out_dir / name)
         if not folder.config_path.is_file():
-            known = sorted(path.parent.name for path in out_dir.glob("*/config.json"))
             raise FileNotFoundError(
                 f"run_name is {name!r}, but {folder.config_path} does not exist: no such run. "
-                f"Runs in {out_dir}: {', '.join(known) or 'none'}"
+                f"{_describe_runs(out_dir, name)}"
             )
         return folder
 
@@ -160,6 +160,16 @@ class RunFolder:
         return last not in records
 
 
+def _describe_runs(out_dir: Path, name: str, most: int = 8) -> str:
+    """Returns a sentence about the runs in a folder: one of a similar name, or the latest ones."""
+    files = sorted(out_dir.glob("*/config.json"), key=lambda path: -path.stat().st_mtime)
+    known = [path.parent.name for path in files]
+    if close := difflib.get_close_matches(name, known, n=1):
+        return f"Did you mean {close[0]}?"
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return f"Runs in {out_dir}, latest first: {', '.join(known[:most]) or 'none'}{more}"
+
+
 def check_writable(out_dir: str | os.PathLike[str]) -> None:
     """Raises OSError, with the remedy, unless files can be written in ``out_dir``; makes it."""
     out_dir = Path(out_dir)
@@ -178,8 +188,8 @@ def check_name(name: str) -> None:
     """Raises ValueError unless ``name`` is the plain name of a folder."""
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"run_name is {name!r}; expected letters, digits and any of _ . + = - after the first, "
-            "without folders: these go into --out_dir"
+            f"run_name is {name!r}; expected letters a to z or A to Z, digits and, after the "
+            "first, any of _ . + = -, without spaces. Folders go into --out_dir"
         )
 
 

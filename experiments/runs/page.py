@@ -32,6 +32,7 @@ img { display: block; width: 100%; min-width: 40rem; height: auto; background: #
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .9rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; white-space: nowrap; }
+summary { cursor: pointer; margin: .5rem 0; }
 .pairs { width: 100%; table-layout: fixed; } .pairs th, .pairs td { text-align: left;
   vertical-align: top; font-weight: normal; white-space: normal; overflow-wrap: anywhere; }
 .pairs th { color: var(--faint); width: 45%; }
@@ -176,17 +177,28 @@ def _show(value: Any) -> str:
         return "; ".join(f"{name}: {_show(inner)}" for name, inner in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_show, value)) or "none"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+_MAX_ROWS = 32
+"""Of a table that a report shows at once; a longer one is folded."""
 
 
 def html_table(labels: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns an HTML table of plain text."""
+    """Returns an HTML table of plain text, folded if it is long."""
     head = "".join(f'<th scope="col">{html.escape(label)}</th>' for label in labels)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return _scrolling(table, "Table")
+    shown = _scrolling(table, "Table")
+    if len(rows) <= _MAX_ROWS:
+        return shown
+    return f"<details><summary>{len(rows)} rows</summary>{shown}</details>"
 
 
 def _scrolling(content: str, label: str) -> str:

@@ -23,8 +23,11 @@ _COLUMNS = (
     ("accuracy_validation", "validation", "{:.2%}"),
     ("accuracy_test", "test", "{:.2%}"),
     ("gradient_norm", "‖∇C‖", "{:.3g}"),
+    ("noise_scale", "B", "{:.4g}"),
+    ("batch_size", "m", "{:d}"),
     ("seconds", "seconds", "{:.3f}"),
 )
+_UNDETERMINED = "–"
 
 
 def draw_learning_curve(path: Path, records: Sequence[Record], title: str) -> None:
@@ -127,17 +130,29 @@ def write_report(
     path: Path,
     *,
     title: str,
-    config: dict[str, Any],
-    summary: dict[str, Any],
+    header: dict[str, Any],
+    settings: dict[str, Any],
     records: Sequence[Record],
     figure: Path,
 ) -> None:
-    """Writes the report of a run, see `write_page`."""
+    """Writes the report of a run, see `write_page`.
+
+    Args:
+      path: The file.
+      title: What stands above all.
+      header: A few numbers by name, shown first.
+      settings: Shown last.
+      records: Lines of metrics; at least one.
+      figure: File of the learning curve.
+    """
+    cells = [format_record(record) for record in records]
     sections = {
-        "": html_pairs(summary),
+        "": html_pairs(header),
         "Learning curve": html_figure(figure, describe_learning_curve(records)),
-        "Epochs": html_table(column_labels(), [format_record(record) for record in records]),
-        "Settings": html_pairs(config),
+        "Epochs": html_table(
+            column_labels(records[0]), [format_record(record) for record in records]
+        ),
+        "Settings": html_pairs(settings),
     }
     write_page(path, title, sections)
 
@@ -145,7 +160,7 @@ def write_report(
 def describe_learning_curve(records: Sequence[Record]) -> str:
     """Returns in words what `draw_learning_curve` shows, for a reader who cannot see it."""
     first, last = (
-        dict(zip(column_labels(), format_record(record), strict=True))
+        dict(zip(column_labels(record), format_record(record), strict=True))
         for record in (records[0], records[-1])
     )
     changes = (
@@ -161,16 +176,27 @@ def describe_learning_curve(records: Sequence[Record]) -> str:
 
 
 def format_record(record: Record) -> list[str]:
-    """Returns the cells of a line of metrics as in the tables; for several seeds their medians."""
-    cells = []
-    for name, _, template in _COLUMNS:
-        value = record[name]
-        if isinstance(value, list):
-            value = float(np.median(value))
-        cells.append(template.format(value))
-    return cells
+    """Returns the cells of a line of metrics as in the tables; for several seeds their medians.
+
+    A noise scale B is undetermined, shown as –, if it is so for half of the seeds or more.
+    """
+    return [_format(record[name], template) for name, _, template in _columns(record)]
 
 
-def column_labels() -> list[str]:
-    """Returns the headings of the cells that `format_record` returns."""
-    return [label for _, label, _ in _COLUMNS]
+def column_labels(record: Record) -> list[str]:
+    """Returns the headings of the cells that `format_record` returns of a line like this one."""
+    return [label for _, label, _ in _columns(record)]
+
+
+def _columns(record: Record) -> list[tuple[str, str, str]]:
+    """Returns name, label and template of what a line of metrics shows; B and m if it has them."""
+    optional = ("noise_scale", "batch_size")
+    return [column for column in _COLUMNS if column[0] not in optional or column[0] in record]
+
+
+def _format(value: Any, template: str) -> str:
+    if isinstance(value, list):
+        value = float(np.median([np.inf if v is None else v for v in value]))
+    if value is None or value == np.inf:
+        return _UNDETERMINED
+    return template.format(value)

@@ -1,6 +1,8 @@
 """`load`: the one door to every source of examples."""
 
+import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from sgd_jax.data._digits import load_digits
@@ -53,7 +55,8 @@ def load(
       ValueError: An unknown name; a damaged, empty or mismatched file; labels outside the
         classes; NaN or infinity among the inputs.
       TypeError: A dtype other than those above.
-      FileNotFoundError: Files are missing and could not be, or were not to be, downloaded.
+      FileNotFoundError: There is no folder `data_dir`; files are missing and could not be, or were
+        not to be, downloaded.
       ImportError: scikit-learn or pooch is needed and missing.
 
     Example:
@@ -72,7 +75,7 @@ def load(
     if name == "digits":
         return load_digits()
     if name in SOURCES:
-        return load_mnist(name, _expanded(data_dir), download)
+        return load_mnist(name, _existing_folder(data_dir), download)
     path = Path(name).expanduser()
     if path.is_dir():
         return read_rows(open_folder(path))
@@ -80,8 +83,7 @@ def load(
         return load_npz(path)
     raise ValueError(
         f"dataset is {name!r}; expected digits, {', '.join(SOURCES)}, the path of an .npz file or "
-        "that of a folder with x_train.npy and the like. Write data of your own with np.savez, or "
-        "np.save"
+        f"that of a folder with x_train.npy and the like. {_remedy(name, NAMES)}"
     )
 
 
@@ -109,16 +111,32 @@ def open_dataset(
     """
     name = os.fspath(dataset)
     if name in SOURCES:
-        return open_mnist(name, _expanded(data_dir), download)
+        return open_mnist(name, _existing_folder(data_dir), download)
     path = Path(name).expanduser()
     if path.is_dir():
         return open_folder(path)
     raise ValueError(
         f"dataset is {name!r}, which cannot be streamed; expected {', '.join(SOURCES)} or the path "
-        "of a folder with x_train.npy and the like. An .npz file is read into memory; write its "
-        "arrays with np.save instead"
+        f"of a folder with x_train.npy and the like. {_remedy(name, SOURCES)}"
     )
 
 
-def _expanded(data_dir: str | os.PathLike[str] | None) -> Path | None:
-    return None if data_dir is None else Path(data_dir).expanduser()
+def _remedy(name: str, names: Iterable[str]) -> str:
+    """Returns what to do about a name that is not known, or known only to `load`."""
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"Did you mean {close[0]}?"
+    return "Write data of your own with np.save; an .npz file is always read into memory"
+
+
+def _existing_folder(data_dir: str | os.PathLike[str] | None) -> Path | None:
+    """Returns the folder given; raises FileNotFoundError if there is none, before any download."""
+    if data_dir is None:
+        return None
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"data_dir is {str(data_dir)!r}, but there is no such folder; expected one that holds "
+            f"the files, or that they can be downloaded to. To make it: mkdir -p {folder}"
+        )
+    return folder
