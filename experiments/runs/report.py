@@ -149,9 +149,7 @@ def write_report(
     sections = {
         "": html_pairs(header),
         "Learning curve": html_figure(figure, describe_learning_curve(records)),
-        "Epochs": html_table(
-            column_labels(records[0]), [format_record(record) for record in records]
-        ),
+        "Epochs": html_table(column_labels(records[0]), cells),
         "Settings": html_pairs(settings),
     }
     write_page(path, title, sections)
