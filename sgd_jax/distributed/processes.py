@@ -335,7 +335,7 @@ def _environment() -> dict[str, Any]:
     settings = jax.config.values
     facts |= {name: settings[name] for name in _JAX_SETTINGS if name in settings}
     sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         sources.update(path.read_bytes())
     facts["the source of sgd_jax (SHA-256)"] = sources.hexdigest()[:12]
     facts["the kind of device"] = jax.local_devices()[0].device_kind
