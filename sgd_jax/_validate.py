@@ -59,6 +59,7 @@ def num_examples(examples: Examples) -> int:
     sizes = {}
     for path, leaf in leaves:
         name = "examples" + jax.tree_util.keystr(path)
+        native_byte_order(name, leaf)
         if jnp.ndim(leaf) == 0:
             raise ValueError(
                 f"{name} is a scalar; expected a leading axis over examples. "
@@ -82,12 +83,53 @@ def floating_params(params: Params) -> None:
     if not leaves:
         raise ValueError("params holds no arrays; there is nothing to differentiate")
     for path, leaf in leaves:
-        dtype = jnp.result_type(leaf)
+        name = f"params{jax.tree_util.keystr(path)}"
+        native_byte_order(name, leaf)
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:
+            raise TypeError(
+                f"{name} is {leaf!r:.40}, not an array; expected floating-point arrays alone. "
+                f"{_split_of(params)}"
+            ) from None
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} has dtype {dtype}; expected floating point. "
-                "Pass what is not trained inside `examples` or close over it in `fun`"
+                f"{name} has dtype {dtype}; expected floating point. {_split_of(params)}"
             )
+
+
+_SPLITS = {
+    "equinox": (
+        "Train its arrays alone: params, static = eqx.partition(model, eqx.is_inexact_array), and "
+        "in fun: model = eqx.combine(params, static)"
+    ),
+    "flax": (
+        "Train its parameters alone: graphdef, params, rest = nnx.split(model, nnx.Param, ...), "
+        "and in fun: model = nnx.merge(graphdef, params, rest)"
+    ),
+}
+
+
+def _split_of(params: Params) -> str:
+    """Returns how to take what is trained out of ``params``, by the library of a module in it."""
+
+    def library(node: Any) -> str | None:
+        names = {base.__module__.partition(".")[0] for base in type(node).__mro__}
+        return next((name for name in _SPLITS if name in names), None)
+
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: library(node) is not None)
+    found = next((name for node in nodes if (name := library(node))), None)
+    plain = "Pass what is not trained inside `examples` or close over it in `fun`"
+    return _SPLITS[found] if found else plain
+
+
+def native_byte_order(name: str, leaf: Any) -> None:
+    """Raises TypeError at a NumPy array whose byte order is not that of this machine."""
+    if isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.isnative:
+        raise TypeError(
+            f"{name} has dtype {leaf.dtype.str}, in a byte order that JAX does not compute in; "
+            "convert it with x.astype(x.dtype.newbyteorder('='))"
+        )
 
 
 def optimizer(value: Any) -> None:

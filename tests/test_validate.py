@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sgd_jax as sj
 from sgd_jax import _validate
 
 
@@ -121,3 +122,53 @@ def test_scalar_cost_refuses_an_array_with_the_remedy():
 def test_scalar_cost_refuses_integers():
     with pytest.raises(TypeError, match="floating-point cost, got dtype int64"):
         _validate.scalar_cost(jax.eval_shape(jnp.sum, np.ones(3, np.int64)))
+
+
+# --- Modules of libraries, and arrays in another byte order --------------------------------------
+
+
+def eqx_model():
+    import equinox as eqx
+
+    return eqx.nn.MLP(3, 1, 8, 1, key=jax.random.key(0))
+
+
+def nnx_model():
+    from flax import nnx
+
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+
+
+FUNCTIONS = {
+    "per_example_grad": lambda fun, w, x: sj.per_example_grad(fun)(w, x),
+    "gradient_moments": sj.gradient_moments,
+    "explain": sj.explain,
+    "init_state": lambda fun, w, x: sj.init_state(w, sj.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (eqx_model, r"activation is .*, not an array; .* eqx\.partition\(model, .* eqx\.combine"),
+        (nnx_model, r"rngs\S* has dtype .* nnx\.split\(model, nnx\.Param, \.\.\.\), .* nnx\.merge"),
+    ],
+)
+def test_a_module_given_whole_is_refused_with_the_two_lines_to_write(function, make, message):
+    def fun(model, x):
+        return jnp.sum(model(x) ** 2)
+
+    for params in (make(), {"inside": [make()]}):
+        with pytest.raises(TypeError, match=message):
+            FUNCTIONS[function](fun, params, jnp.ones((5, 3)))
+
+
+@pytest.mark.parametrize("function", ["per_example_grad", "gradient_moments"])
+@pytest.mark.parametrize("name", ["params", "examples"])
+def test_an_array_in_another_byte_order_is_refused_with_the_remedy(function, name):
+    arrays = {"params": jnp.ones(3), "examples": jnp.ones((5, 3))}
+    arrays[name] = np.asarray(arrays[name]).astype(">f4")
+    with pytest.raises(TypeError, match=rf"{name} has dtype >f4, .* x\.astype\(x\.dtype\.newbyte"):
+        FUNCTIONS[function](lambda w, x: w @ x, arrays["params"], arrays["examples"])

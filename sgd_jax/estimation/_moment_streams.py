@@ -88,6 +88,7 @@ def gradient_moments(
     Source: Chan, Golub and LeVeque 1979, for the merge.
     """
     _validate.positive_int("chunk_size", chunk_size)
+    _validate.floating_params(params)
     mesh = None if mesh is None else sharding.check_mesh(mesh)
     params = params if mesh is None else sharding.on_mesh(params, mesh)
     measure = functools.partial(
@@ -96,6 +97,7 @@ def gradient_moments(
     align = functools.partial(alignments, fun, params, chunk_size=chunk_size, mesh=mesh)
     batches = _batches(examples_or_batches)
     if batches is None:
+        _validate.num_examples(examples_or_batches)
         labels, num_strata = _checked_strata(strata, num_strata, examples_or_batches)
         moments = measure(examples_or_batches, labels, keep_norms=keep_norms, num_strata=num_strata)
         if keep_alignments and strata is not None:
