@@ -3,10 +3,6 @@
 import pathlib
 
 import jax
-import jupytext
-import matplotlib as mpl
-import matplotlib.pyplot as plt
-import nbformat
 import pytest
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "notebooks").glob("*.py"))
@@ -15,6 +11,11 @@ NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "notebooks").glob("*.
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_converts_and_its_cells_run(path, monkeypatch):
+    import jupytext  # each takes a while, and every collection of tests would wait for them
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+    import nbformat
+
     notebook = nbformat.reads(jupytext.writes(jupytext.read(path), fmt="ipynb"), as_version=4)
     nbformat.validate(notebook)
     cells = notebook.cells

@@ -1,5 +1,6 @@
 """G as a pytree under JAX's transformations, what it never writes down, and its errors."""
 
+import functools
 import itertools
 import os
 import re
@@ -334,6 +335,7 @@ def test_factored_names_parameter_primitive_line_and_remedy():
     sj.per_example_grad(fun)(params, jnp.ones((3, 2)))  # auto does not raise
 
 
+@functools.cache
 def bad_calls():
     fun, params, examples = architectures.make("sigmoid_mlp")
     grads = sj.per_example_grad(fun)(params, examples)
