@@ -437,7 +437,7 @@ def poisoned(steps):
     }
 
     def init(params):
-        matches = [jnp.all(params[0].weights == w.weights) for w in first_weights.values()]
+        matches = [jnp.allclose(params[0].weights, w.weights) for w in first_weights.values()]
         return jnp.sum(jnp.where(jnp.array(matches), jnp.array(list(steps.values())), 0)), 0
 
     def update(grads, state, params=None):

@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import quick
 
 import sgd_jax as sj
 from experiments import _classifier
@@ -77,6 +78,10 @@ def test_no_step_waits_for_plotting_or_scikit_learn(starts):
     assert starts[0]["imported"] == []
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ["XLA_FLAGS"] == quick.FLAGS, reason="of users' programs: scripts/check tests --all"
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
 def test_first_weights_compiled_with_less_effort_are_the_same_to_the_last_bit(dtype):
     dataset, sizes = data.load("digits"), (64, 30, 10)
