@@ -32,6 +32,12 @@ and moments on an accelerator, the data on it too; beside PyTorch eager, compile
 graphs. Without an accelerator it refuses, or with --tiny runs tiny sizes to try the code. About ten
 minutes; --tables=gpu_epoch,gpu_sweep takes the first two tables.
 
+`models`: models that other people wrote, from the packages of the extra `models`; a model whose
+package is missing is skipped by name, one that raises is a row that says so. Exactness of every
+method in float64; time, compile time and memory beside the plain gradient and `vmap(grad)`. Rows
+are appended to models.jsonl of --out_dir, and models.md shows the last row of each model. About an
+hour on two cores; --models=jraph,transformers.bert takes some.
+
 A picture of what lies in a folder, ratios as bars, is drawn by
 
     python scripts/benchmark.py --out_dir=FOLDER --figure=docs/figures/benchmark.png
@@ -48,7 +54,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from benchmarks import harness
+from benchmarks import harness, models, models_table
 from benchmarks.epoch import epoch_suites
 from benchmarks.gpu import gpu_suites
 from benchmarks.moments import moments_suites
@@ -74,6 +80,21 @@ def write(name: str, results: list[dict], where: dict, folder: Path) -> None:
     (folder / f"{name}.md").write_text(harness.as_markdown(results, where) + "\n")
 
 
+def run_models(names: Sequence[str], num_rounds: int, folder: Path) -> None:
+    """Runs the suite `models` and writes models.jsonl and models.md into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = folder / "models.jsonl"
+    try:
+        models.run(names, num_rounds, lines)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    if not lines.exists():
+        sys.exit("error: no model is installed; pip install 'sgd_jax[models]'")
+    table = models_table.as_markdown(models_table.latest(lines))
+    (folder / "models.md").write_text(table + "\n")
+    print(table)
+
+
 def draw(folder: str | None, path: Path) -> None:
     """Draws what lies in a folder; without the folder, or anything in it, leaves with an error."""
     if folder is None:
@@ -89,8 +110,9 @@ def draw(folder: str | None, path: Path) -> None:
 
 def define_flags() -> None:
     """Defines the flags: called by the program, not on import, as other programs share names."""
-    flags.DEFINE_enum("suite", "epoch", list(SUITES), "What to time.")
+    flags.DEFINE_enum("suite", "epoch", [*SUITES, "models"], "What to time.")
     flags.DEFINE_list("tables", [], "Only these tables of the suite; without it all.")
+    flags.DEFINE_list("models", [], "With --suite=models: names of models or packages; else all.")
     flags.DEFINE_string("data_dir", None, "Folder of MNIST; without it random pixels.")
     flags.DEFINE_bool("tiny", False, "With --suite=gpu: tiny sizes on any device, to try the code.")
     flags.DEFINE_integer("num_rounds", 7, "Timed rounds.", lower_bound=1)
@@ -111,6 +133,9 @@ def main(argv: Sequence[str]) -> None:
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     if values.tiny and values.suite != "gpu":
         raise app.UsageError(f"--tiny is for --suite=gpu, got --suite={values.suite}")
+    if values.suite == "models":
+        run_models(values.models, values.num_rounds, Path(values.out_dir or "runs/benchmark"))
+        return
     try:
         options = {"tiny": values.tiny} if values.suite == "gpu" else {}
         suites = SUITES[values.suite](values.data_dir, **options)

@@ -7,8 +7,6 @@ row that says so, and what ends the process is too.
 import gc
 import json
 import os
-import re
-import statistics
 import subprocess
 import sys
 import time
@@ -22,17 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import sgd_jax as sj
-from benchmarks import harness
+from benchmarks import harness, models_table
 from benchmarks.harness import Contender, Prepared, Suite
+from benchmarks.models_table import OURS, PLAIN, VMAP
 from benchmarks.zoo import MODELS, Case, Model
 
-PLAIN, OURS, VMAP = "plain gradient", "sgd_jax, norms + mean", "vmap(grad), norms + mean"
 _PACE = {"min_turn_seconds": 0.05, "max_seconds": 20.0}
 _NUM_ENTRIES = 50_000_000
-"""At most so many entries of G are written down in float64, twice: fewer examples are then taken."""
+"""At most so many entries of G are written in float64, twice; fewer examples are then taken."""
 
 
-def run(names: Sequence[str], num_rounds: int, path: Path, passes: Sequence[str]) -> list[dict]:
+def run(
+    names: Sequence[str], num_rounds: int, path: Path, passes: Sequence[str] = ("time", "exactness")
+) -> list[dict]:
     """Measures models in child processes and appends a JSON line for each; returns the rows.
 
     Args:
@@ -85,25 +85,22 @@ def _run_child(
     """Runs a batch until it ends or its process dies; then the model at hand is a row as well."""
     names = [model.name for model in batch]
     request = json.dumps({"names": names, "num_rounds": num_rounds, "passes": list(passes)})
-    child = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.models", request],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
+    command = [sys.executable, "-m", "benchmarks.models", request]
+    root = Path(__file__).parents[1]
     rows = []
 
     def keep(row: dict) -> None:
         rows.append(row)
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(as_line(row), flush=True)
+        print(models_table.as_line(row), flush=True)
 
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.startswith("{"):
-            keep(json.loads(line))
-    code = child.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("{"):
+                keep(json.loads(line))
+    code = child.returncode
     if code != 0 and len(rows) < len(names):
         model = batch[len(rows)]
         error = f"the process ended with code {code}"
@@ -156,7 +153,7 @@ def _in_float64(model: Model) -> Case:
 
 
 def exactness(case: Case) -> dict:
-    """Returns the relative error of every method against ``vmap(grad)``, compiled in one program."""
+    """Returns the relative error of every method against ``vmap(grad)``, in one program."""
     fun, params, examples = case
     n = jax.tree.leaves(examples)[0].shape[0]
     direction = jax.tree.map(lambda leaf: jnp.cos(leaf + jnp.arange(leaf.size).reshape(leaf.shape)),
@@ -272,115 +269,11 @@ def times(case: Case, num_rounds: int) -> dict:
         "num_examples": jax.tree.leaves(examples)[0].shape[0],
         "contenders": compiled,
         "explain": explained,
-        "fell_back": fell_back(explained),
+        "fell_back": models_table.fell_back(explained),
     }
 
 
-def fell_back(explained: str) -> list[str]:
-    """Returns the primitives at which `sj.explain` shows a fallback, each once."""
-    lines = [line for line in explained.splitlines() if "fallback" in line]
-    cells = [re.split(r"\s{2,}", line) for line in lines]
-    return sorted({cell[1].split()[0] for cell in cells if len(cell) > 1})
-
-
-# --- what is printed ---
-
-
-def ratio(row: dict, name: str, entry: str) -> float | None:
-    """Returns a ratio to the plain gradient: the median of times, or of another entry."""
-    if "contenders" not in row:
-        return None
-    of, to = (row["contenders"][c][entry] for c in (name, PLAIN))
-    return of / to if to > 0 else None
-
-
-def as_line(row: dict) -> str:
-    """Returns a row in one line for a terminal."""
-    cells = as_cells(row)
-    return f"{row['model']}: " + ", ".join(
-        f"{name} {cell}" for name, cell in zip(COLUMNS[1:], cells[1:], strict=True) if cell
-    )
-
-
-COLUMNS = [
-    "model", "parameters", "n", "worst error", "norms + mean", "vmap(grad) + norms",
-    "plain, ms", "compile", "memory", "memory, vmap(grad)", "fell back",
-]  # fmt: skip
-
-
-def as_cells(row: dict) -> list[str]:
-    """Returns the cells of a row of the table."""
-
-    def number(value: float | None, digits: int = 2) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    errors = row.get("errors", {})
-    worst = max(errors, key=errors.get) if errors else None
-    worst_cell = "" if worst is None else f"{errors[worst]:.0e}"
-    if worst is not None and not errors[worst] < 1e-9:
-        worst_cell += f" ({worst})"
-    plain = row.get("contenders", {}).get(PLAIN, {}).get("median")
-    last = ", ".join(row.get("fell_back", []))
-    if "error" in row:
-        last = f"refused: {row['error']}"
-    return [
-        row["model"],
-        f"{row['num_parameters']:,}" if "num_parameters" in row else "",
-        str(row.get("num_examples", "")),
-        worst_cell,
-        number(ratio(row, OURS, "median")),
-        number(ratio(row, VMAP, "median")),
-        number(None if plain is None else plain * 1e3, 1),
-        number(ratio(row, OURS, "compile_seconds")),
-        number(ratio(row, OURS, "temporary_bytes")),
-        number(ratio(row, VMAP, "temporary_bytes")),
-        last,
-    ]
-
-
-def latest(path: Path) -> list[dict]:
-    """Returns the last row of each model in a file of JSON lines, in the order of the zoo."""
-    rows = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        rows[row["model"]] = row
-    return [rows[model.name] for model in MODELS if model.name in rows]
-
-
-def as_markdown(rows: Sequence[dict]) -> str:
-    """Returns the table, and what it adds up to."""
-    rule = "|" + "|".join(["---", *["---:"] * (len(COLUMNS) - 2), "---"]) + "|"
-    lines = ["| " + " | ".join(COLUMNS) + " |", rule]
-    lines += ["| " + " | ".join(c.replace("|", "/") for c in as_cells(row)) + " |" for row in rows]
-    exact = [max(row["errors"].values()) for row in rows if "errors" in row]
-    ours = [r for row in rows if (r := ratio(row, OURS, "median")) is not None]
-    compiles = [r for row in rows if (r := ratio(row, OURS, "compile_seconds")) is not None]
-    slower = [
-        row["model"]
-        for row in rows
-        if "contenders" in row
-        and row["contenders"][OURS]["median"] > 1.1 * row["contenders"][VMAP]["median"]
-    ]
-    summary = [
-        f"{len(rows)} models; {sum('error' in row for row in rows)} refused.",
-        f"Every method exact to 1e-9 in float64: {sum(e < 1e-9 for e in exact)} of {len(exact)}.",
-    ]
-    if ours:
-        summary += [
-            f"Norms + mean over the plain gradient: median {statistics.median(ours):.2f}, at most "
-            f"1.4 on {sum(r <= 1.4 for r in ours)} of {len(ours)}, largest {max(ours):.2f}.",
-            f"More than a tenth slower than vmap(grad) + norms: {', '.join(slower) or 'none'}.",
-            f"Trace + compile over the plain gradient's: median {statistics.median(compiles):.2f}, "
-            f"largest {max(compiles):.2f}.",
-        ]
-    versions = rows[-1]["where"]["versions"]
-    where = (
-        f"Commits {', '.join(sorted({str(row['commit']) for row in rows}))}; "
-        f"{rows[-1]['where']['num_cores']} cores, {rows[-1]['where']['machine']}; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + "."
-    )
-    return "\n".join([*lines, "", *summary, "", where])
+# --- the child process ---
 
 
 def main(request: str) -> None:

@@ -26,6 +26,7 @@ def of_module(
 
 
 def mlp(dtype: Any) -> Case:
+    """Returns a classifier of vectors."""
     import equinox as eqx
 
     module = eqx.nn.MLP(64, 10, 256, 3, key=jax.random.key(0))
@@ -34,6 +35,7 @@ def mlp(dtype: Any) -> Case:
 
 
 def convolutional(dtype: Any) -> Case:
+    """Returns a classifier of images."""
     import equinox as eqx
 
     keys = jax.random.split(jax.random.key(0), 4)
@@ -54,6 +56,7 @@ def convolutional(dtype: Any) -> Case:
 
 
 def autoencoder(dtype: Any) -> Case:
+    """Returns an autoencoder with transposed convolutions."""
     import equinox as eqx
 
     keys = jax.random.split(jax.random.key(0), 4)
@@ -95,6 +98,7 @@ def recurrent(cell: str) -> Callable[[Any], Case]:
 
 
 def attention(dtype: Any) -> Case:
+    """Returns one causal transformer block."""
     import equinox as eqx
 
     keys = jax.random.split(jax.random.key(0), 4)
@@ -118,6 +122,7 @@ def attention(dtype: Any) -> Case:
 
 
 def spectral(dtype: Any) -> Case:
+    """Returns a classifier with normalized weights."""
     import equinox as eqx
 
     keys = jax.random.split(jax.random.key(0), 3)
@@ -159,6 +164,7 @@ def neural_ode(adjoint: str) -> Callable[[Any], Case]:
 
 
 def fixed_point(dtype: Any) -> Case:
+    """Returns an implicit layer, h = tanh(W h + b + x)."""
     import equinox as eqx
     import optimistix as optx
 
@@ -239,22 +245,33 @@ MODELS = [
         "diffrax",
     ),
     _model(
-        "diffrax.direct", "diffrax diffeqsolve, DirectAdjoint", neural_ode("DirectAdjoint"), "diffrax"
+        "diffrax.direct",
+        "diffrax diffeqsolve, DirectAdjoint",
+        neural_ode("DirectAdjoint"),
+        "diffrax",
     ),
     _model("optimistix.fixed_point", "optimistix fixed_point", fixed_point, "optimistix"),
     _model("flowjax.coupling", "flowjax coupling_flow", flow("coupling_flow"), "flowjax"),
     _model(
-        "flowjax.masked", "flowjax masked_autoregressive_flow",
-        flow("masked_autoregressive_flow"), "flowjax",
+        "flowjax.masked",
+        "flowjax masked_autoregressive_flow",
+        flow("masked_autoregressive_flow"),
+        "flowjax",
     ),
     _model(
-        "flowjax.block", "flowjax block_neural_autoregressive_flow",
-        flow("block_neural_autoregressive_flow"), "flowjax",
+        "flowjax.block",
+        "flowjax block_neural_autoregressive_flow",
+        flow("block_neural_autoregressive_flow"),
+        "flowjax",
     ),
     _model("flowjax.planar", "flowjax planar_flow", flow("planar_flow"), "flowjax"),
-    _model("rnn_jax.lru", "rnn-jax LinearRecurrentUnit", state_space("LinearRecurrentUnit"), "rnn_jax"),
     _model(
-        "rnn_jax.s5", "rnn-jax SimplifiedStateSpaceLayer",
-        state_space("SimplifiedStateSpaceLayer"), "rnn_jax",
+        "rnn_jax.lru", "rnn-jax LinearRecurrentUnit", state_space("LinearRecurrentUnit"), "rnn_jax"
     ),
-]  # fmt: skip
+    _model(
+        "rnn_jax.s5",
+        "rnn-jax SimplifiedStateSpaceLayer",
+        state_space("SimplifiedStateSpaceLayer"),
+        "rnn_jax",
+    ),
+]

@@ -40,6 +40,7 @@ def of_nnx(module: Any, examples: Any, dtype: Any, cost: Any) -> Case:
 
 
 def autoencoder(dtype: Any) -> Case:
+    """Returns an autoencoder with transposed convolutions."""
     from flax import linen as nn
 
     module = nn.Sequential([
@@ -68,6 +69,7 @@ def recurrent(cell: str) -> Callable[[Any], Case]:
 
 
 def normalized(dtype: Any) -> Case:
+    """Returns a classifier with normalized weights."""
     from flax import linen as nn
 
     module = nn.Sequential([
@@ -79,6 +81,7 @@ def normalized(dtype: Any) -> Case:
 
 
 def local_convolution(dtype: Any) -> Case:
+    """Returns a classifier with unshared and grouped convolutions."""
     from flax import linen as nn
 
     module = nn.Sequential([
@@ -90,6 +93,7 @@ def local_convolution(dtype: Any) -> Case:
 
 
 def scanned_layers(dtype: Any) -> Case:
+    """Returns three transformer blocks in a scan, recomputed in the backward pass."""
     from flax import linen as nn
 
     class Block(nn.Module):
@@ -115,6 +119,7 @@ def scanned_layers(dtype: Any) -> Case:
 
 
 def lora(dtype: Any) -> Case:
+    """Returns two dense layers with low-rank adapters."""
     from flax import nnx
 
     rngs = nnx.Rngs(0)
@@ -130,6 +135,7 @@ def lora(dtype: Any) -> Case:
 
 
 def nnx_attention(dtype: Any) -> Case:
+    """Returns one causal transformer block with tied embeddings."""
     from flax import nnx
 
     class Network(nnx.Module):
@@ -151,6 +157,7 @@ def nnx_attention(dtype: Any) -> Case:
 
 
 def mamba(dtype: Any) -> Case:
+    """Returns a state-space language model."""
     from flax import nnx
     from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 
@@ -185,6 +192,7 @@ def spline_network(kind: str) -> Callable[[Any], Case]:
 
 
 def equivariant(dtype: Any) -> Case:
+    """Returns an equivariant network on 6 points."""
     import e3nn_jax as e3nn
     import flax.linen as nn
 
@@ -220,6 +228,8 @@ MODELS = [
     _model("nnx.attention", "flax.nnx MultiHeadAttention, LinearGeneral", nnx_attention),
     _model("mamba2", "mamba2-jax Mamba2ForCausalLM", mamba, "mamba2_jax"),
     _model("jaxkan.spline", "jaxkan KAN, spline layers", spline_network("spline"), "jaxkan"),
-    _model("jaxkan.chebyshev", "jaxkan KAN, Chebyshev layers", spline_network("chebyshev"), "jaxkan"),
+    _model(
+        "jaxkan.chebyshev", "jaxkan KAN, Chebyshev layers", spline_network("chebyshev"), "jaxkan"
+    ),
     _model("e3nn", "e3nn-jax flax.Linear, tensor_product, gate", equivariant, "e3nn_jax"),
-]  # fmt: skip
+]

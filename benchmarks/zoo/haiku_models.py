@@ -43,6 +43,7 @@ def image_network(name: str, **options: Any) -> Callable[[Any], Case]:
 
 
 def mobile_network(dtype: Any) -> Case:
+    """Returns a classifier with depthwise convolutions."""
     import haiku as hk
 
     def forward(example: Any, is_training: bool) -> jax.Array:
@@ -54,6 +55,7 @@ def mobile_network(dtype: Any) -> Case:
 
 
 def vector_quantizer(dtype: Any) -> Case:
+    """Returns an autoencoder with a codebook."""
     import haiku as hk
 
     def forward(image: Any, is_training: bool) -> Any:
@@ -69,6 +71,7 @@ def vector_quantizer(dtype: Any) -> Case:
 
 
 def long_short_term_memory(dtype: Any) -> Case:
+    """Returns a classifier of sequences."""
     import haiku as hk
 
     def forward(example: Any, is_training: bool) -> jax.Array:
@@ -81,6 +84,7 @@ def long_short_term_memory(dtype: Any) -> Case:
 
 
 def transformer(dtype: Any) -> Case:
+    """Returns two causal transformer blocks."""
     import haiku as hk
 
     def forward(tokens: Any, is_training: bool) -> jax.Array:
@@ -102,6 +106,7 @@ def transformer(dtype: Any) -> Case:
 
 
 def convolutional_memory(dtype: Any) -> Case:
+    """Returns a predictor of the next frame."""
     import haiku as hk
 
     def forward(frames: Any, is_training: bool) -> jax.Array:
@@ -174,9 +179,7 @@ def _model(name: str, source: str, make: Callable[[Any], Case], *needs: str) -> 
 
 
 MODELS = [
-    _model(
-        "haiku.resnet", "dm-haiku nets.ResNet18", image_network("ResNet18", resnet_v2=True)
-    ),
+    _model("haiku.resnet", "dm-haiku nets.ResNet18", image_network("ResNet18", resnet_v2=True)),
     _model("haiku.mobilenet", "dm-haiku nets.MobileNetV1", mobile_network),
     _model("haiku.vector_quantizer", "dm-haiku nets.VectorQuantizer", vector_quantizer),
     _model("haiku.lstm", "dm-haiku LSTM", long_short_term_memory),
@@ -186,4 +189,4 @@ MODELS = [
     _model("jraph.graph_network", "jraph GraphNetwork", graph_network("network"), "jraph"),
     _model("jraph.gcn", "jraph GraphConvolution", graph_network("gcn"), "jraph"),
     _model("jraph.gat", "jraph GAT", graph_network("gat"), "jraph"),
-]  # fmt: skip
+]

@@ -11,6 +11,7 @@ from benchmarks.zoo.model import Case, Model, cast, integers, normal
 
 
 def hierarchical_regression(dtype: Any) -> Case:
+    """Returns minus the log joint density of one observation."""
     import numpyro
     import numpyro.distributions as dist
     from numpyro.infer.util import log_density
@@ -31,6 +32,7 @@ def hierarchical_regression(dtype: Any) -> Case:
 
 
 def gaussian_process(dtype: Any) -> Case:
+    """Returns minus the log marginal likelihood of one data set."""
     import tinygp
 
     def fun(params: Any, example: Any) -> jax.Array:
@@ -45,6 +47,7 @@ def gaussian_process(dtype: Any) -> Case:
 
 
 def spline_flow(dtype: Any) -> Case:
+    """Returns minus the log density of a coupling flow."""
     import distrax
 
     def log_prob(params: Any, x: Any) -> jax.Array:
@@ -66,6 +69,7 @@ def spline_flow(dtype: Any) -> Case:
 
 
 def hidden_markov(dtype: Any) -> Case:
+    """Returns minus the log likelihood of one sequence."""
     import distrax
 
     def fun(params: Any, example: Any) -> jax.Array:
@@ -74,7 +78,7 @@ def hidden_markov(dtype: Any) -> Case:
             distrax.Categorical(logits=params["move"]),
             distrax.Normal(params["mean"], jnp.exp(params["scale"])),
         )
-        return -model.forward(example)[-1]
+        return -model.forward(example)[0]
 
     params = {
         "start": normal(0, 4), "move": normal(1, 4, 4), "mean": normal(2, 4),
@@ -84,6 +88,7 @@ def hidden_markov(dtype: Any) -> Case:
 
 
 def temporal_classification(dtype: Any) -> Case:
+    """Returns the cost of one unaligned sequence of labels."""
     import optax
 
     def fun(params: Any, example: Any) -> jax.Array:
@@ -102,6 +107,7 @@ def temporal_classification(dtype: Any) -> Case:
 
 
 def mixture(dtype: Any) -> Case:
+    """Returns minus the log density of a mixture of Gaussians."""
     import distrax
 
     def fun(params: Any, example: Any) -> jax.Array:
@@ -119,11 +125,17 @@ def _model(name: str, source: str, make: Callable[[Any], Case], need: str) -> Mo
 
 
 MODELS = [
-    _model("numpyro", "numpyro log_density of a hierarchical regression",
-           hierarchical_regression, "numpyro"),
+    _model(
+        "numpyro",
+        "numpyro log_density of a hierarchical regression",
+        hierarchical_regression,
+        "numpyro",
+    ),
     _model("tinygp", "tinygp GaussianProcess, Matern32", gaussian_process, "tinygp"),
     _model("distrax.spline", "distrax RationalQuadraticSpline", spline_flow, "distrax"),
     _model("distrax.hmm", "distrax HMM", hidden_markov, "distrax"),
-    _model("distrax.mixture", "distrax MixtureSameFamily, MultivariateNormalTri", mixture, "distrax"),
+    _model(
+        "distrax.mixture", "distrax MixtureSameFamily, MultivariateNormalTri", mixture, "distrax"
+    ),
     _model("optax.ctc", "optax ctc_loss", temporal_classification, "optax"),
-]  # fmt: skip
+]

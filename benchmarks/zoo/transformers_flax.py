@@ -1,4 +1,4 @@
-"""Flax models of `transformers` 4, the last release that has them, built from small configurations."""
+"""Flax models of `transformers` 4, the last release that has them, from small configurations."""
 
 import functools
 import importlib
@@ -247,8 +247,13 @@ _SEQUENCES: dict[str, tuple[str, str, dict]] = {
 }
 _IMAGES: dict[str, tuple[str, str, dict]] = {
     "vit": ("FlaxViTForImageClassification", "ViTConfig", _VIT),
-    "beit": ("FlaxBeitForImageClassification", "BeitConfig", _VIT | {"vocab_size": 64}
-             | {"use_relative_position_bias": True, "layer_scale_init_value": 0.1}),  # fmt: skip
+    "beit": (
+        "FlaxBeitForImageClassification",
+        "BeitConfig",
+        _VIT
+        | {"vocab_size": 64}
+        | {"use_relative_position_bias": True, "layer_scale_init_value": 0.1},
+    ),
     "dinov2": (
         "FlaxDinov2ForImageClassification",
         "Dinov2Config",
