@@ -25,7 +25,6 @@ from benchmarks.harness import Contender, Prepared, Suite
 from benchmarks.models_table import OURS, PLAIN, VMAP
 from benchmarks.zoo import MODELS, Case, Model
 
-_PACE = {"min_turn_seconds": 0.05, "max_seconds": 20.0}
 _NUM_ENTRIES = 50_000_000
 """At most so many entries of G are written in float64, twice; fewer examples are then taken."""
 
@@ -252,15 +251,18 @@ def times(case: Case, num_rounds: int) -> dict:
             start = time.perf_counter()
             program = jax.jit(function).lower(params, examples).compile()
             seconds = time.perf_counter() - start
-            memory = program.memory_analysis().temp_size_in_bytes
-            compiled[name] = {"compile_seconds": seconds, "temporary_bytes": memory}
+            memory = program.memory_analysis()
+            temporary = memory.temp_size_in_bytes if memory is not None else float("nan")
+            compiled[name] = {"compile_seconds": seconds, "temporary_bytes": temporary}
             return Prepared(lambda: program(params, examples))
 
         return Contender(name, make)
 
     functions = {PLAIN: mean_gradient, OURS: ours, VMAP: by_vmap}
     contenders = [contender(name, function) for name, function in functions.items()]
-    timings = harness.time_in_turns(Suite("", "", contenders, **_PACE), num_rounds)
+    timings = harness.time_in_turns(
+        Suite("", "", contenders, min_turn_seconds=0.05, max_seconds=20.0), num_rounds
+    )
     for timing in timings:
         compiled[timing.contender.name] |= {"median": timing.median, "least": timing.least}
     explained = sj.explain(fun, params, examples)

@@ -1,5 +1,8 @@
 """Models written with Equinox: its own layers, and those of libraries built on it."""
 
+# Each model imports its own library.
+# pyright: reportMissingImports=false
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,8 @@
 """Models written with Flax: linen and nnx layers, and libraries built on them."""
 
+# Each model imports its own library.
+# pyright: reportMissingImports=false
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,8 @@
 """Models written with Haiku: its own networks, and graph networks of jraph."""
 
+# Each model imports its own library.
+# pyright: reportMissingImports=false
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,8 @@
 """Models that are densities: numpyro, tinygp, distrax, bijx; and losses of optax."""
 
+# Each model imports its own library.
+# pyright: reportMissingImports=false
+
 from collections.abc import Callable
 from typing import Any
 

@@ -58,7 +58,7 @@ def _give_clip_its_old_names(class_name: str) -> None:
     kind = "longt5" if "LongT5" in class_name else "t5"
     module = importlib.import_module(f"transformers.models.{kind}.modeling_flax_{kind}")
     clip = lambda x, a_min=None, a_max=None: jnp.clip(x, a_min, a_max)  # noqa: E731
-    module.jnp = types.SimpleNamespace(**vars(jnp) | {"clip": clip})
+    setattr(module, "jnp", types.SimpleNamespace(**vars(jnp) | {"clip": clip}))  # noqa: B010
 
 
 def language_model(class_name: str, config_name: str, config: dict, dtype: Any) -> Case:
