@@ -388,7 +388,7 @@ def test_a_port_that_is_taken_a_host_that_is_not_known_and_no_process_0_are_told
 @pytest.mark.slow
 def test_who_waits_in_vain_for_the_others_says_so_and_ends():
     script = (
-        "import sys; from sgd_jax import processes; "
+        "import sys; from sgd_jax.distributed import processes; "
         "processes.initialize(f'127.0.0.1:{sys.argv[1]}', 2, 0, join_timeout=1)"
     )
     ((code, _, errors),) = run_together(["-c", script, free_port()])

@@ -67,7 +67,7 @@ def expected_squared_error(
       TypeError: a size is not a whole number.
 
     >>> import jax.numpy as jnp, sgd_jax as sj
-    >>> from sgd_jax.moment_streams import gradient_moments
+    >>> from sgd_jax.estimation import gradient_moments
     >>> x = jnp.array([1.0, 3.0, 5.0])  # tr Σ = 8/3
     >>> m = gradient_moments(lambda w, x: w * x, jnp.array(0.0), x)
     >>> round(float(expected_squared_error(m, 2)), 5)  # ½ · 8/3 / 2
@@ -135,7 +135,7 @@ def expected_cosine(
       A scalar in [0, 1] but for rounding; NaN where G = 0 and the error is 0.
 
     >>> import jax.numpy as jnp, sgd_jax as sj
-    >>> from sgd_jax.moment_streams import gradient_moments
+    >>> from sgd_jax.estimation import gradient_moments
     >>> m = gradient_moments(lambda w, x: w * x, jnp.array(0.0), jnp.array([0.0, 2.0]))  # B = 1
     >>> round(float(expected_cosine(m, 3, "with_replacement")), 4)  # 1/√(1 + 1/3)
     0.866
