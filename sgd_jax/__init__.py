@@ -25,6 +25,7 @@ from sgd_jax.per_example import (
 from sgd_jax.sampling import Sample
 from sgd_jax.estimation import (
     GradientMoments,
+    estimate,
     expected_cosine,
     expected_squared_error,
     gradient_moments,
@@ -46,7 +47,7 @@ from sgd_jax.training import (
 # Namespaces
 from sgd_jax import costs, estimation, networks, per_example, sampling, training, typing
 from sgd_jax.distributed import processes, sharding
-from sgd_jax.estimation import batch_size, noise, quadratic, svrg
+from sgd_jax.estimation import batch_size, estimators, noise, quadratic, svrg
 
 if _typing.TYPE_CHECKING:
     from sgd_jax import data
@@ -70,6 +71,7 @@ __all__ = [
     "GradientMoments",
     "NoiseScale",
     "Sample",
+    "estimate",
     "expected_cosine",
     "expected_squared_error",
     "gradient_moments",
@@ -87,6 +89,7 @@ __all__ = [
     "batch_size",
     "costs",
     "data",
+    "estimators",
     "estimation",
     "networks",
     "noise",

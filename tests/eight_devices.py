@@ -120,7 +120,7 @@ def step(mesh):
     """Returns state and cost after a step on M examples, by the gradient of their mean cost."""
     params, examples = problem()
     few = jax.tree.map(lambda leaf: leaf[:M], examples)
-    take = sj.make_step(fun, OPTIMIZER, strategy="mean_cost", mesh=mesh)
+    take = sj.make_step(fun, OPTIMIZER, estimator=sj.estimators.mini_batch("mean_cost"), mesh=mesh)
     return take(sj.init_state(params, OPTIMIZER), few)
 
 

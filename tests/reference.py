@@ -130,3 +130,28 @@ def estimate(gradients, indices, weights):
 def squared_error(gradients, indices, weights):
     error = estimate(gradients, indices, weights) - gradients.mean(axis=0)
     return float(error @ error)
+
+
+def linear_gradients(w, xs, ys):
+    """Returns the gradients of ½(w·x − y)² at w, one row an example."""
+    return np.array([(w @ x - y) * x for x, y in zip(xs, ys, strict=True)])
+
+
+def clipped_estimate(gradients, indices, weights, max_norm):
+    """Returns Σ_k weights[k] min(1, max_norm/‖g‖) g, g = g_(indices[k]); −1 is no example."""
+    norms = np.array([float(g @ g) ** 0.5 for g in gradients])
+    shares = [min(1.0, max_norm / norm) if norm > 0 else 1.0 for norm in norms]
+    clipped = np.array([s * g for s, g in zip(shares, gradients, strict=True)])
+    return estimate(clipped, indices, weights)
+
+
+def private_estimate(gradients, indices, max_norm, noise, expected_size):
+    """Returns (Σ_k min(1, max_norm/‖g_k‖) g_k + noise)/expected_size."""
+    total = clipped_estimate(gradients, indices, np.ones(len(indices)), max_norm)
+    return (total + noise) / expected_size
+
+
+def svrg_estimate(gradients, anchor_gradients, indices, weights):
+    """Returns Σ_k weights[k] (g_k − h_k) + 1/n Σ_i h_i, h the gradients at the anchor."""
+    mean = sum(anchor_gradients) / len(anchor_gradients)
+    return estimate(gradients - anchor_gradients, indices, weights) + mean

@@ -55,7 +55,7 @@ def dtype(request):
 @pytest.mark.parametrize("strategy", ["auto", "materialized"])
 def test_an_epoch_is_the_same(dtype, strategy):
     optimizer = sj.sgd(0.5, momentum=0.9)
-    epoch = sj.make_epoch(cost, optimizer, strategy=strategy)
+    epoch = sj.make_epoch(cost, optimizer, estimator=sj.estimators.mini_batch(strategy))
     batches = np.random.default_rng(1).permutation(N).reshape(-1, 6).astype(np.int32)
 
     def train(params, examples, batches):
@@ -81,7 +81,7 @@ def test_a_sweep_is_the_same(dtype):
 
 @pytest.mark.parametrize("strategy", ["auto", "factored", "materialized"])
 def test_per_example_norms_second_moment_and_gram_matrix_are_the_same(dtype, strategy):
-    grad = sj.per_example_grad(cost, strategy=strategy)
+    grad = sj.per_example_grad(cost, estimator=sj.estimators.mini_batch(strategy))
 
     @jax.jit
     def ask(params, examples):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sgd_jax as sj
-from sgd_jax.training import _step
+from sgd_jax.training import _epoch, _step
 
 SIZES = (4, 3, 2)
 NUM_EXAMPLES = 7
@@ -317,21 +317,21 @@ def test_an_epoch_is_the_same_however_many_mini_batches_are_gathered_together(
 ):
     batches = np.arange(11)[:, None] % NUM_EXAMPLES
     bytes_per_step = 8 * (SIZES[0] + SIZES[-1])
-    monkeypatch.setattr(_step, "_BLOCK_BYTES", together * bytes_per_step)
-    assert _step._block_length(len(batches), bytes_per_step) == together
+    monkeypatch.setattr(_epoch, "_BLOCK_BYTES", together * bytes_per_step)
+    assert _epoch._block_length(len(batches), bytes_per_step) == together
     assert len(batches) % together == rest
     assert_epoch_equals_oracle(sj.make_epoch, batches=batches)
 
 
 def test_what_is_gathered_together_fits_and_wastes_little():
     for steps, size in itertools.product((1, 2, 97, 100, 781, 5000), (1, 7840, 50_176, 100_352)):
-        length = _step._block_length(steps, size)
+        length = _epoch._block_length(steps, size)
         assert 1 <= length <= steps
-        assert length * size <= max(size, 2 * _step._BLOCK_BYTES)
-        if size >= _step._SINGLE_BYTES:
+        assert length * size <= max(size, 2 * _epoch._BLOCK_BYTES)
+        if size >= _epoch._SINGLE_BYTES:
             assert length == 1
         elif steps % length:  # a rest is compiled by itself, where nothing near divides the steps
-            assert length == min(steps, _step._BLOCK_BYTES // size)
+            assert length == min(steps, _epoch._BLOCK_BYTES // size)
 
 
 def weights_replaced(replace):
@@ -539,7 +539,7 @@ def test_a_row_without_examples_or_with_an_index_out_of_range_gives_a_nan_cost(r
         (np.zeros((1, 2, 3), int), ValueError, r"batches must be .*, got shape \(1, 2, 3\)"),
         (np.zeros((2, 3)), TypeError, "batches must hold indices, got dtype float64"),
         (np.zeros((2, 3), bool), TypeError, "batches must hold indices, got dtype bool"),
-        ([[0, 1], [2, 3]], TypeError, "batches must be one array .*, got a list; make it one"),
+        ([[0, 1], [2, 3]], TypeError, "batches must be one array .*, got a list of 2 with lengths"),
     ],
 )
 def test_batches_that_are_no_matrix_of_integers_are_refused(batches, kind, message):

@@ -1,6 +1,7 @@
 """What an estimate of ∇C is and what it is worth: moments, error laws, noise scale, SVRG."""
 
 from sgd_jax.estimation._error_laws import expected_cosine, expected_squared_error
+from sgd_jax.estimation._estimate import estimate
 from sgd_jax.estimation._mean_gradient import (
     MeanStrategyChoice,
     choose_mean_strategy,
@@ -21,6 +22,7 @@ __all__ = [
     "MeanStrategyChoice",
     "SubsetErrors",
     "choose_mean_strategy",
+    "estimate",
     "expected_cosine",
     "expected_squared_error",
     "gradient_moments",

@@ -133,7 +133,8 @@ def track_noise_scale(
         del params, extra_args
         if noise is None:
             raise ValueError(
-                "track_noise_scale needs the noise of this step: "
+                "track_noise_scale needs the noise of this step; in make_step and make_epoch give "
+                "estimator=estimators.with_noise_scale(), in your own loop "
                 "update(gradient, state, params, noise=noise_of_examples(grads))"
             )
         if not isinstance(noise, NoiseParts):

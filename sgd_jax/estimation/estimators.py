@@ -1,7 +1,7 @@
 """Estimators of the gradient, in the shape of optax's optimizers: a pair of pure functions.
 
-`make_step` and `make_epoch` take one as ``estimator=``. Each function here returns a maker: from the
-cost of ONE example to an `Estimator`. An own one is a function ``fun -> Estimator`` too.
+`make_step` and `make_epoch` take one as ``estimator=``. Each function here returns a maker: from
+the cost of ONE example to an `Estimator`. Your own is a function ``fun -> Estimator`` too.
 """
 
 from collections.abc import Callable
@@ -233,8 +233,8 @@ def svrg(refresh_every: int) -> MakeEstimator:
 
         def init(params: Params, examples: Examples) -> SVRGState:
             del examples
-            zeros = jax.tree.map(jnp.zeros_like, params)
-            return SVRGState(_svrg.Anchor(params, zeros), jnp.zeros([], jnp.int32))
+            start, zeros = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+            return SVRGState(_svrg.Anchor(start, zeros), jnp.zeros([], jnp.int32))
 
         def estimate(
             state: SVRGState, params: Params, examples: Examples, sample: Sample, key: Array | None
@@ -275,9 +275,7 @@ def with_noise_scale(estimator: MakeEstimator | None = None) -> MakeEstimator:
         def estimate(
             state: PyTree, params: Params, examples: Examples, sample: Sample, key: Array | None
         ) -> tuple[Array, Params, dict[str, Any], PyTree]:
-            cost, gradient, statistics, state = estimate_inner(
-                state, params, examples, sample, key
-            )
+            cost, gradient, statistics, state = estimate_inner(state, params, examples, sample, key)
             rows, _, _ = chosen(examples, sample)
             _, grads = value_and_grad(params, rows)
             present = sample.indices >= 0

@@ -21,6 +21,7 @@ from sgd_jax.sampling._schemes import (
     with_replacement,
     without_replacement,
 )
+from sgd_jax.sampling._take import take
 
 __all__ = [
     "Sample",
@@ -38,6 +39,7 @@ __all__ = [
     "poisson_max_size",
     "proportional_allocation",
     "stratified",
+    "take",
     "with_replacement",
     "without_replacement",
 ]

@@ -35,7 +35,7 @@ def take(examples: Examples, sample: Sample | Array) -> Examples:
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"a sample must hold indices of examples, got dtype {indices.dtype}")
     is_known = not isinstance(indices, jax.core.Tracer)
-    if is_known and indices.size and not (-1 <= indices.min() and indices.max() < n):
+    if is_known and indices.size and not (indices.min() >= -1 and indices.max() < n):
         raise ValueError(
             f"a sample names example {int(indices.min())} to {int(indices.max())}; expected "
             f"indices from 0 to n - 1 = {n - 1}, or -1 for no example"

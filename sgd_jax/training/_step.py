@@ -1,18 +1,21 @@
-"""Training as pure, compiled functions: one step, one epoch. No printing, no files."""
+"""One step of training as a pure, compiled function. No printing, no files."""
 
-import math
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from sgd_jax import _validate, sampling
+from sgd_jax import _validate
 from sgd_jax.distributed import sharding
+from sgd_jax.estimation._estimate import chosen
 from sgd_jax.estimation._mean_gradient import mean_value_and_grad
-from sgd_jax.typing import Array, CostFn, Examples, MeanStrategy, Params
+from sgd_jax.estimation.estimators import Estimator, MakeEstimator, MiniBatch, mini_batch
+from sgd_jax.sampling import Sample
+from sgd_jax.typing import Array, CostFn, Examples, Params, PyTree
 
 
 class TrainState(NamedTuple):
@@ -22,24 +25,36 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     step: Array
     """Number of steps taken, int32 scalar."""
+    key: Array | None = None
+    """Random key that the keys of an estimator's steps are made of; None if it needs none."""
+    estimator_state: PyTree = ()
+    """What the estimator carries, from the first step on; () for a mini-batch."""
 
 
 class StepInfo(NamedTuple):
-    """What a step reports; from an epoch, each field with leading axis (steps,)."""
+    """What a step reports; from an epoch, each leaf with leading axis (steps,)."""
 
     cost: Array
-    """Mean cost of the mini-batch at the params BEFORE the step."""
+    """Estimate of the mean cost at the params BEFORE the step; of a mini-batch its mean cost."""
+    statistics: dict[str, Any] = {}  # noqa: RUF012  # never written to
+    """What the estimator reports, by name."""
+    metrics: PyTree = ()
+    """With ``has_aux``, Σ_k c_k metrics_k of the sample, at the params BEFORE the step."""
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, *, key: Array | None = None
+) -> TrainState:
     """Returns the state before the first step.
 
     Args:
       params: a pytree of floating-point arrays.
       optimizer: `sgd` or any optax optimizer.
+      key: a JAX random key, for an estimator that draws, such as `estimators.private`.
 
     Returns:
-      A `TrainState` at step 0. It shares the buffers of ``params``.
+      A `TrainState` at step 0. It shares the buffers of ``params``. The state of an estimator that
+      has one is added by the first step.
 
     Raises:
       ValueError: params holds no arrays.
@@ -49,39 +64,50 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     _validate.optimizer(optimizer)
     # An explicit dtype makes weakly typed leaves strong, as every step returns them.
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
-    return TrainState(params, optimizer.init(params), jnp.zeros([], jnp.int32))
+    return TrainState(params, optimizer.init(params), jnp.zeros([], jnp.int32), key)
 
 
 def make_step(
     fun: CostFn,
     optimizer: optax.GradientTransformation,
     *,
+    estimator: MakeEstimator | None = None,
+    has_aux: bool = False,
     donate: bool = False,
-    strategy: MeanStrategy = "auto",
     mesh: Mesh | None = None,
     rules: sharding.Rules = (),
-) -> Callable[[TrainState, Examples], tuple[TrainState, StepInfo]]:
-    """Returns one step of training on a mini-batch, compiled.
+) -> Callable[..., tuple[TrainState, StepInfo]]:
+    """Returns one step of training on a sample, compiled.
 
-    The step takes ĝ = 1/m Σ_j ∇fun(w, X_j) over the m examples given, all at the old w, hands it to
-    the optimizer and adds the update. With `sgd` that is w ← w − (η/m) Σ_j ∇fun(w, X_j).
+    The estimator makes ĝ of the sample at the old params, the optimizer an update of it, and the
+    update is added. With the default estimator and `sgd` that is w ← w − η Σ_k c_k ∇fun(w, x_k);
+    for a mini-batch, w ← w − (η/m) Σ_j ∇fun(w, X_j).
 
     Args:
       fun: the cost of ONE example, ``(params, example) -> scalar``.
-      optimizer: `sgd` or any optax optimizer; one that asks for ``value`` gets the mean cost of the
-        mini-batch, one that asks for more is refused by optax.
+      optimizer: `sgd` or any optax optimizer. In its chain it finds what it asks for: ``value`` and
+        ``grad``, the estimates; ``value_fn``, the cost of the same sample at other params, for line
+        searches such as `optax.lbfgs`; and the estimator's statistics by name.
+      estimator: what makes ĝ of a sample, such as `estimators.clipped`; None is
+        `estimators.mini_batch`.
+      has_aux: ``fun`` returns ``(scalar, metrics)``, metrics a pytree of arrays.
       donate: give the buffers of the incoming state to the outgoing one. Saves one copy of params
         and optimizer state; the state handed in must then not be used again, nor hold one array at
         two places (copy it: XLA refuses to take a buffer twice).
-      strategy: how the mini-batch gradient is computed, see `mean_value_and_grad`.
-      mesh: devices that share each mini-batch, cut along the mesh axis ``"data"``; the numbers are
-        the same to rounding, and m need be no multiple of the devices. See `sgd_jax.sharding`.
-      rules: which parameters, with their optimizer state, are cut over the mesh and how, see
-        `sharding.param_shardings`; the rest lies whole on every device.
+      mesh: devices that share each mini-batch, sharded along the mesh axis ``"data"``; the numbers
+        are the same to rounding, and m need be no multiple of the devices. See `sj.sharding`.
+      rules: which parameters, with their optimizer state, are sharded over the mesh and how, see
+        `sharding.param_shardings`; the rest is replicated.
 
     Returns:
-      A jitted function ``(state, examples) -> (state, info)``. It compiles once per shape and
-      dtype. It raises `ValueError` where examples is empty or its leading axes differ.
+      A compiled function ``(state, examples, sample=None) -> (state, info)``. ``sample`` is a
+      `Sample` or a vector of indices, averaged; without it all examples are one mini-batch. It
+      compiles once per shape and dtype.
+
+    Raises:
+      ValueError: when called: examples is empty or its leading axes differ; the optimizer's state
+        is that of another one.
+      TypeError: when called: the first argument is no `TrainState`.
 
     >>> import jax.numpy as jnp, sgd_jax as sj
     >>> fun = lambda w, x: sj.quadratic_cost(w, x)
@@ -91,222 +117,168 @@ def make_step(
     >>> float(state.params), float(info.cost)  # w = 0 + ½·2;  C = (½·1 + ½·9) / 2
     (1.0, 2.5)
     """
-    mesh = _checked(mesh, rules)
-    update = _make_update(fun, optimizer, strategy, mesh, rules)
+    mesh = checked_mesh(mesh, rules)
+    update = Update(fun, optimizer, estimator, has_aux, mesh, rules)
 
-    def step(state: TrainState, examples: Examples) -> tuple[TrainState, StepInfo]:
+    def step(
+        state: TrainState, examples: Examples, sample: Sample | Array | None = None
+    ) -> tuple[TrainState, StepInfo]:
+        update.check(state)
         m = _validate.num_examples(examples)
-        return update(state, examples, jnp.full((m,), 1 / m))
+        if sample is None:
+            if update.takes_rows:
+                return update.on_rows(state, examples, jnp.full((m,), 1 / m))
+            sample = Sample(jnp.arange(m), jnp.full((m,), 1 / m))
+        elif not isinstance(sample, Sample):
+            sample = averaging(jnp.asarray(sample))
+        if not update.takes_rows:
+            return update.on_sample(state, examples, sample)
+        rows, weights, _ = chosen(examples, sample)
+        return update.on_rows(state, rows, weights)
 
-    return _placed(jax.jit(step, donate_argnums=(0,) if donate else ()), mesh, rules)
+    return update.compiled(jax.jit(step, donate_argnums=(0,) if donate else ()))
 
 
-def make_epoch(
-    fun: CostFn,
-    optimizer: optax.GradientTransformation,
-    *,
-    donate: bool = False,
-    strategy: MeanStrategy = "auto",
-    mesh: Mesh | None = None,
-    rules: sharding.Rules = (),
-    own_rows: bool = False,
-) -> Callable[[TrainState, Examples, Array], tuple[TrainState, StepInfo]]:
-    """Returns an epoch of training: one compiled program that walks explicit mini-batches.
+def averaging(indices: Array) -> Sample:
+    """Returns the sample that averages the examples named by the last axis; −1 is no example.
 
-    Row s of ``batches`` holds the indices of mini-batch s; the rows are taken in order, each one a
-    step as in `make_step`. An entry of −1 means "no example here": it has weight zero, and the step
-    divides by the number of entries that are not −1. So a short last mini-batch is a row filled up
-    with −1, as `sampling.epoch(..., keep_last=True)` makes it. Any order goes: reshuffled, fixed,
-    with repetitions.
-
-    Args:
-      fun: the cost of ONE example, ``(params, example) -> scalar``.
-      optimizer: as in `make_step`.
-      donate: give the buffers of the incoming state to the outgoing one; the state handed in must
-        then not be used again, nor hold one array at two places.
-      strategy: how the mini-batch gradient is computed, see `mean_value_and_grad`.
-      mesh: devices that share each mini-batch, cut along the mesh axis ``"data"``; the numbers are
-        the same to rounding, and m need be no multiple of the devices. See `sgd_jax.sharding`.
-      rules: which parameters, with their optimizer state, are cut over the mesh and how, see
-        `sharding.param_shardings`; the rest lies whole on every device. Examples may be cut too,
-        by `sharding.shard_examples`: of a mini-batch only its rows are then sent.
-      own_rows: with D devices along ``"data"``, the examples are D pieces of n/D rows, the columns
-        of batches D pieces of m/D, and piece d of the columns counts the rows of piece d of the
-        examples, from 0. Then no row is sent: what `data.ShuffledChunks` makes for each device.
-
-    Returns:
-      A jitted function ``(state, examples, batches) -> (state, info)``: examples has leading axis n
-      and stays where it is, batches is (steps, m) of any integer dtype, and ``info.cost`` is
-      (steps,). Under `jax.vmap` it trains many states at a time. Indices live on the device, where
-      nothing can be raised: one outside of [−1, n), or [−1, n/D) with ``own_rows``, and a row of −1
-      alone give a NaN cost and NaN params. It raises `ValueError` where batches is not a matrix, or
-      n or m no multiple of D with ``own_rows``, and `TypeError` where batches is not of integers.
-
-    >>> import jax.numpy as jnp, sgd_jax as sj
-    >>> optimizer = sj.sgd(learning_rate=0.5)
-    >>> epoch = make_epoch(sj.quadratic_cost, optimizer)
-    >>> state = sj.init_state(jnp.array(0.0), optimizer)
-    >>> state, info = epoch(state, jnp.array([1.0, 3.0, 8.0]), jnp.array([[0, 1], [2, -1]]))
-    >>> float(state.params), int(state.step)  # 0 → ½·2 = 1 → 1 + ½·7 = 4.5
-    (4.5, 2)
+    Weights are NaN where there is none: the mean of nothing is no number.
     """
-    mesh = _checked(mesh, rules)
-    update = _make_update(fun, optimizer, strategy, mesh, rules)
+    present = indices >= 0
+    num_present = jnp.sum(present, axis=-1, keepdims=True)
+    # NaN said outright: XLA turns a division of bools by zero into zero.
+    absent_weight = jnp.where(num_present > 0, 0.0, jnp.nan)
+    return Sample(indices, jnp.where(present, 1 / num_present, absent_weight))
 
-    def epoch(
-        state: TrainState, examples: Examples, batches: Array, *, is_cut: bool = False
-    ) -> tuple[TrainState, StepInfo]:
-        n = _validate.num_examples(examples)
-        if not hasattr(batches, "shape"):
+
+class Update:
+    """One step, not compiled, on a sample or on its rows: what a step and an epoch share."""
+
+    def __init__(
+        self,
+        fun: CostFn,
+        optimizer: optax.GradientTransformation,
+        estimator: MakeEstimator | None,
+        has_aux: bool,
+        mesh: Mesh | None,
+        rules: sharding.Rules,
+    ):
+        _validate.optimizer(optimizer)
+        if isinstance(estimator, Estimator) or not (estimator is None or callable(estimator)):
             raise TypeError(
-                f"batches must be one array of (steps, m) indices, got a {type(batches).__name__}; "
-                "make it one by jnp.asarray"
+                f"estimator must be a function of fun that returns an Estimator, got "
+                f"{estimator!r:.60}; for an Estimator e that is already of this fun: lambda fun: e"
             )
-        if jnp.ndim(batches) != 2:
-            raise ValueError(f"batches must be (steps, m), got shape {jnp.shape(batches)}")
-        if batches.shape[1] == 0:
-            raise ValueError(f"batches must name examples, got m = 0 in shape {batches.shape}")
-        if not jnp.issubdtype(jnp.result_type(batches), jnp.integer):
-            raise TypeError(f"batches must hold indices, got dtype {jnp.result_type(batches)}")
-        batches = batches.astype(jnp.promote_types(batches.dtype, jnp.int32))  # has −1 and n
-        num_rows = n  # that an index may name
-        if own_rows and mesh is not None:
-            _check_pieces(n, batches.shape[1], sharding.num_shards(mesh))
-            num_rows = n // sharding.num_shards(mesh)
-        batches = sampling.lay_out(batches, mesh)
+        self.init_optimizer = optimizer.init
+        self.optimizer = optax.with_extra_args_support(optimizer)
+        self.fun, self.has_aux, self.mesh, self.rules = fun, has_aux, mesh, rules
+        cost_of = (lambda params, example: fun(params, example)[0]) if has_aux else fun
+        self.cost_of: CostFn = cost_of
+        maker = mini_batch() if estimator is None else estimator
+        self.takes_rows = isinstance(maker, MiniBatch)
+        if isinstance(maker, MiniBatch):
+            self.mean = mean_value_and_grad(cost_of, strategy=maker.strategy, mesh=mesh)
+        else:
+            self.estimator = maker(cost_of)
 
-        def step(state: TrainState, batch: tuple[Examples, Array]) -> tuple[TrainState, StepInfo]:
-            return update(state, *batch)
-
-        def block(state: TrainState, indices: Array) -> tuple[TrainState, StepInfo]:
-            present, named = indices >= 0, jnp.maximum(indices, 0)
-            if mesh is not None and own_rows:
-                gathered = sharding.take_own_rows(examples, named, mesh)
-            elif mesh is not None and is_cut:
-                gathered = sharding.take_rows(examples, named, mesh)
-            else:
-                gathered = jax.tree.map(
-                    lambda leaf: leaf.at[named].get(mode="promise_in_bounds"), examples
-                )
-            if mesh is not None:  # each device gathers its own share of every mini-batch
-                cut = NamedSharding(mesh, PartitionSpec(None, sharding.DATA_AXIS))
-                gathered = jax.lax.with_sharding_constraint(gathered, cut)
-            num_present = jnp.sum(present, axis=1, keepdims=True)
-            # NaN said outright: XLA turns a division of bools by zero into zero.
-            absent_weight = jnp.where(num_present > 0, 0.0, jnp.nan)
-            weights = jnp.where(present, 1 / num_present, absent_weight)
-            weights = jnp.where((indices >= -1) & (indices < num_rows), weights, jnp.nan)
-            return jax.lax.scan(step, state, (gathered, weights))
-
-        steps, m = batches.shape
-        length = _block_length(steps, m * _bytes_per_example(examples))
-        whole = steps - steps % length
-        blocks = batches[:whole].reshape(whole // length, length, m)
-        state, info = jax.lax.scan(block, state, blocks)
-        info = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), info)
-        if whole < steps:
-            state, rest = block(state, batches[whole:])
-            info = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), info, rest)
-        return state, info
-
-    donated = (0,) if donate else ()
-    compiled = jax.jit(epoch, donate_argnums=donated, static_argnames="is_cut")
-    if mesh is None:
-        return compiled
-    return _placed(
-        compiled, mesh, rules, lambda examples, _: {"is_cut": sharding.is_cut(examples, mesh)}
-    )
-
-
-_BLOCK_BYTES = 1 << 19
-"""How much is gathered at a time: half a second cache."""
-
-_SINGLE_BYTES = 3 << 15
-"""A mini-batch of so many bytes is gathered by itself: XLA then divides the work among threads."""
-
-
-def _block_length(steps: int, bytes_per_step: int) -> int:
-    """How many steps' mini-batches are gathered together.
-
-    Gathering rows is slow one small mini-batch at a time, and large ones are better not kept
-    waiting (`docs/performance.md`). What divides the steps is preferred: a rest at the end is
-    compiled by itself.
-    """
-    if bytes_per_step >= _SINGLE_BYTES:
-        return 1
-    best = max(1, min(steps, _BLOCK_BYTES // max(1, bytes_per_step)))
-    near = range(max(1, best // 2), min(2 * best, steps) + 1)
-    dividing = [length for length in near if steps % length == 0]
-    return min(dividing, key=lambda length: abs(length - best), default=best)
-
-
-def _bytes_per_example(examples: Examples) -> int:
-    leaves = jax.tree.leaves(examples)
-    return sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _make_update(
-    fun: CostFn,
-    optimizer: optax.GradientTransformation,
-    strategy: MeanStrategy,
-    mesh: Mesh | None,
-    rules: sharding.Rules,
-) -> Callable[[TrainState, Examples, Array], tuple[TrainState, StepInfo]]:
-    """Returns one step on weighted examples, not compiled: what a step and an epoch share."""
-    _validate.optimizer(optimizer)
-    optimizer = optax.with_extra_args_support(optimizer)
-    gradient = mean_value_and_grad(fun, strategy=strategy, mesh=mesh)
-
-    def update(
-        state: TrainState, examples: Examples, weights: Array
+    def on_rows(
+        self, state: TrainState, rows: Examples, weights: Array
     ) -> tuple[TrainState, StepInfo]:
-        cost, grads = gradient(state.params, examples, weights)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=cost)
+        """Takes a step with the weighted mean of the gradients of rows."""
+        cost, gradient = self.mean(state.params, rows, weights)
+        return self._finish(state, (rows, weights), (cost, gradient, {}, state.estimator_state))
+
+    def on_sample(
+        self, state: TrainState, examples: Examples, sample: Sample
+    ) -> tuple[TrainState, StepInfo]:
+        """Takes a step with what the estimator makes of a sample of all examples."""
+        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
+        estimate = self.estimator.estimate(
+            state.estimator_state, state.params, examples, sample, key
+        )
+        rows, weights, _ = chosen(examples, sample)
+        return self._finish(state, (rows, weights), estimate)
+
+    def _finish(
+        self, state: TrainState, chosen: tuple[Examples, Array], estimate: Any
+    ) -> tuple[TrainState, StepInfo]:
+        rows, weights = chosen
+        cost, gradient, statistics, estimator_state = estimate
+        taken = {"value", "grad", "value_fn"} & set(statistics)
+        if taken:
+            raise ValueError(f"statistics may not be called {', '.join(sorted(taken))}: optax's")
+
+        def value_fn(params: Params, **statistics: Any) -> Array:
+            del statistics
+            costs = jax.vmap(self.cost_of, in_axes=(None, 0))(params, rows)
+            return jnp.dot(weights.astype(costs.dtype), costs)
+
+        # A line search refuses what `value_fn` does not take by name.
+        names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in statistics]
+        first = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        vars(value_fn)["__signature__"] = inspect.Signature([first, *names])
+
+        extra = {"value": cost, "grad": gradient, "value_fn": value_fn, **statistics}
+        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params, **extra)
         params: Any = optax.apply_updates(state.params, updates)
-        after = TrainState(params, opt_state, state.step + 1)
-        if mesh is not None:
-            after = sharding.place(after, _shardings(after, mesh, rules))
-        return after, StepInfo(cost)
+        after = TrainState(params, opt_state, state.step + 1, state.key, estimator_state)
+        if self.mesh is not None:
+            after = sharding.place(after, self._shardings(after))
+        return after, StepInfo(cost, statistics, self._metrics(state.params, rows, weights))
 
-    return update
+    def _metrics(self, params: Params, rows: Examples, weights: Array) -> PyTree:
+        if not self.has_aux:
+            return ()
+        _, metrics = jax.vmap(self.fun, in_axes=(None, 0))(params, rows)
+        return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), metrics)
 
-
-def _shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules) -> TrainState:
-    return sharding.state_shardings(state, state.params, mesh, rules)
-
-
-def _placed(
-    compiled: Any,
-    mesh: Mesh | None,
-    rules: sharding.Rules,
-    options: Callable[..., dict[str, Any]] = lambda *data: {},
-) -> Any:
-    """Returns a compiled function of (state, examples, ...) that lays these out first.
-
-    ``options`` says, of what is laid out, what the function is compiled for.
-    """
-    if mesh is None:
-        return compiled
-
-    def run(state: TrainState, *data: Any) -> tuple[TrainState, StepInfo]:
-        state = sharding.place(state, _shardings(state, mesh, rules))
-        placed = [sharding.on_mesh(leaves, mesh) for leaves in data]
-        return compiled(state, *placed, **options(*placed))
-
-    return run
-
-
-def _check_pieces(n: int, m: int, num_shards: int) -> None:
-    for name, length in (("n", n), ("m", m)):
-        if length % num_shards:
+    def check(self, state: TrainState) -> None:
+        """Raises unless a state is one of this optimizer's; looks at shapes alone."""
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"the first argument must be a TrainState, got {type(state).__name__}; make it by "
+                "init_state(params, optimizer)"
+            )
+        expected = jax.eval_shape(self.init_optimizer, state.params)
+        shapes = [jax.tree.map(jnp.shape, tree) for tree in (state.opt_state, expected)]
+        if jax.tree.structure(state.opt_state) != jax.tree.structure(expected) or (
+            shapes[0] != shapes[1]
+        ):
             raise ValueError(
-                f"own_rows is set with {name} = {length}, no multiple of the {num_shards} devices "
-                "of the mesh; fill up each device's piece, examples with any rows and batches with "
-                "−1"
+                "state.opt_state is that of another optimizer or of other params: expected "
+                f"{jax.tree.structure(expected)}, got {jax.tree.structure(state.opt_state)}. Give "
+                "init_state the optimizer that this step was made with"
             )
 
+    def compiled(self, program: Any, options: Callable[..., dict[str, Any]] | None = None) -> Any:
+        """Returns a compiled function of (state, examples, ...) that prepares these first.
 
-def _checked(mesh: Mesh | None, rules: sharding.Rules) -> Mesh | None:
+        It adds the state of the estimator in the first step, and lays all out over the mesh.
+        ``options`` says, of what is laid out, what the function is compiled for.
+        """
+        if self.mesh is None and self.takes_rows:
+            return program
+
+        def run(state: TrainState, examples: Examples, *data: Any) -> tuple[TrainState, StepInfo]:
+            self.check(state)
+            if not self.takes_rows and not jax.tree.leaves(state.estimator_state):
+                initial = self.estimator.init(state.params, examples)
+                state = state._replace(estimator_state=initial)
+            if self.mesh is None:
+                return program(state, examples, *data)
+            state = sharding.place(state, self._shardings(state))
+            placed = [sharding.on_mesh(leaves, self.mesh) for leaves in (examples, *data)]
+            return program(state, *placed, **(options(*placed) if options else {}))
+
+        return run
+
+    def _shardings(self, state: TrainState) -> TrainState:
+        assert self.mesh is not None
+        return sharding.state_shardings(state, state.params, self.mesh, self.rules)
+
+
+def checked_mesh(mesh: Mesh | None, rules: sharding.Rules) -> Mesh | None:
+    """Returns the mesh; raises `ValueError` where it can't be used, or rules come without one."""
     if mesh is None and rules:
         raise ValueError("rules say how parameters lie on a mesh; give mesh too")
     return None if mesh is None else sharding.check_mesh(mesh)

@@ -10,7 +10,9 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from sgd_jax.distributed.sharding import DATA_AXIS, check_mesh, num_shards, on_mesh
-from sgd_jax.training._step import StepInfo, TrainState, init_state, make_epoch
+from sgd_jax.estimation.estimators import mini_batch
+from sgd_jax.training._epoch import make_epoch
+from sgd_jax.training._step import StepInfo, TrainState, init_state
 from sgd_jax.typing import Array, CostFn, Examples, MeanStrategy, Params, PyTree
 
 
@@ -103,7 +105,7 @@ def make_sweep(
             states: TrainState, settings: PyTree, examples: Examples, batches: Array
         ) -> tuple[TrainState, StepInfo]:
             def run_one(state: TrainState, setting: Any, batches: Array) -> Any:
-                run = make_epoch(fun, make_optimizer(setting), strategy=strategy)
+                run = make_epoch(fun, make_optimizer(setting), estimator=mini_batch(strategy))
                 return run(state, examples, batches)
 
             def run_order(order: tuple[TrainState, PyTree, Array]) -> Any:
