@@ -7,6 +7,7 @@ import jax
 
 __all__ = [
     "Array",
+    "CostAndMetricsFn",
     "CostFn",
     "Example",
     "Examples",
@@ -39,3 +40,6 @@ MeanStrategy: TypeAlias = Literal["auto", "factored", "materialized", "mean_cost
 
 CostFn: TypeAlias = Callable[[Params, Example], Array]
 """The cost of ONE example: ``(params, example) -> scalar``."""
+
+CostAndMetricsFn: TypeAlias = Callable[[Params, Example], tuple[Array, PyTree]]
+"""The cost of ONE example with metrics of it: ``(params, example) -> (scalar, metrics)``."""

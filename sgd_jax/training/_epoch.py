@@ -15,11 +15,11 @@ from sgd_jax.estimation._estimate import checked_weights
 from sgd_jax.estimation.estimators import MakeEstimator
 from sgd_jax.sampling import Sample
 from sgd_jax.training._step import StepInfo, TrainState, Update, averaging, checked_mesh
-from sgd_jax.typing import Array, CostFn, Examples
+from sgd_jax.typing import Array, CostAndMetricsFn, CostFn, Examples
 
 
 def make_epoch(
-    fun: CostFn,
+    fun: CostFn | CostAndMetricsFn,
     optimizer: optax.GradientTransformation,
     *,
     estimator: MakeEstimator | None = None,

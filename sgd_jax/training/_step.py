@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from sgd_jax.estimation._estimate import chosen
 from sgd_jax.estimation._mean_gradient import mean_value_and_grad
 from sgd_jax.estimation.estimators import Estimator, MakeEstimator, MiniBatch, mini_batch
 from sgd_jax.sampling import Sample
-from sgd_jax.typing import Array, CostFn, Examples, Params, PyTree
+from sgd_jax.typing import Array, CostAndMetricsFn, CostFn, Examples, Params, PyTree
 
 
 class TrainState(NamedTuple):
@@ -68,7 +68,7 @@ def init_state(
 
 
 def make_step(
-    fun: CostFn,
+    fun: CostFn | CostAndMetricsFn,
     optimizer: optax.GradientTransformation,
     *,
     estimator: MakeEstimator | None = None,
@@ -156,7 +156,7 @@ class Update:
 
     def __init__(
         self,
-        fun: CostFn,
+        fun: CostFn | CostAndMetricsFn,
         optimizer: optax.GradientTransformation,
         estimator: MakeEstimator | None,
         has_aux: bool,
@@ -172,7 +172,7 @@ class Update:
         self.init_optimizer = optimizer.init
         self.optimizer = optax.with_extra_args_support(optimizer)
         self.fun, self.has_aux, self.mesh, self.rules = fun, has_aux, mesh, rules
-        cost_of = (lambda params, example: fun(params, example)[0]) if has_aux else fun
+        cost_of: Any = (lambda params, example: fun(params, example)[0]) if has_aux else fun
         self.cost_of: CostFn = cost_of
         maker = mini_batch() if estimator is None else estimator
         self.takes_rows = isinstance(maker, MiniBatch)
@@ -229,7 +229,7 @@ class Update:
     def _metrics(self, params: Params, rows: Examples, weights: Array) -> PyTree:
         if not self.has_aux:
             return ()
-        _, metrics = jax.vmap(self.fun, in_axes=(None, 0))(params, rows)
+        _, metrics = jax.vmap(cast(CostAndMetricsFn, self.fun), in_axes=(None, 0))(params, rows)
         return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), metrics)
 
     def check(self, state: TrainState) -> None:
