@@ -1,9 +1,10 @@
-"""How the tests compile: fast, because most of their programs run once.
+"""How `make test` is fast: programs are compiled fast, for most run once, and slow tests left out.
 
 With JAX 0.10 it takes a fifth of the time. `scripts/check tests --all` compiles as users do.
 """
 
 import jax
+import pytest
 
 OPTIONS = {"xla_backend_optimization_level": 0}
 """For `jax.jit(fun, compiler_options=OPTIONS)`."""
@@ -18,3 +19,8 @@ if jax.__version_info__[:2] == (0, 10):
 
 FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS.items())
 """The same for the environment variable XLA_FLAGS."""
+
+
+def slow(*values):
+    """Returns values of a parameter with which a test runs in `make test-all` only."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]

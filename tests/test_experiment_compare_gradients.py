@@ -154,6 +154,7 @@ def test_a_run_is_compared_at_its_last_checkpoint_and_stays_as_it_is(trained, ca
     assert row["predicted"] == pytest.approx((N - 50) / (N - 1) * trace / 50)
 
 
+@pytest.mark.slow
 def test_large_and_small_samples_are_measured_alike():
     config, dataset = _starting_point.prepare({"smoke": True, "epochs": 0, "dtype": "float64"})
     point = _starting_point.find_point(config, dataset)

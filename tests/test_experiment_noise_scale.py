@@ -99,6 +99,7 @@ def test_held_out_examples_give_the_unbiased_parts_of_the_population_with_an_int
         assert record["noise_scale"][index] < record["noise_scale_high"][index]
 
 
+@pytest.mark.slow
 def test_both_splits_are_what_each_of_them_is():
     _, measure = measurement(60, split="both")
     record = measure(networks(), 3)
@@ -110,6 +111,7 @@ def test_both_splits_are_what_each_of_them_is():
             assert record[f"held_out_{name}"] == held_out[name] != value
 
 
+@pytest.mark.slow
 def test_subsets_estimate_the_parts_of_all_training_examples_without_bias():
     seeds = range(SEEDS.start, SEEDS.start + 1)
     dataset, measure = measurement(20, seeds)

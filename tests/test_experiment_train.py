@@ -135,6 +135,7 @@ def count_dead(network, examples):
     return sum(right / size < 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cost", "chunk_size"), [("quadratic", 8), ("cross_entropy", 2048)])
 def test_what_is_measured_is_of_all_examples_in_chunks_or_at_once(
     tiny, monkeypatch, cost, chunk_size
@@ -159,6 +160,7 @@ def test_what_is_measured_is_of_all_examples_in_chunks_or_at_once(
         assert record["dead_classes_test"][seed] == count_dead(network, dataset.test)
 
 
+@pytest.mark.slow
 def test_a_full_batch_is_gradient_descent(tiny):
     dataset = data.load(tiny)
     config = Config(dataset=str(tiny), batch_size=0, learning_rate=0.5, epochs=2, dtype="float64")
@@ -295,6 +297,7 @@ def test_a_run_leaves_everything_behind(tiny, tmp_path, capsys):
     assert f"run folder: {path}" in printed
 
 
+@pytest.mark.slow
 def test_smoke_takes_few_examples_and_epochs(tmp_path, capsys):
     assert main("--smoke", f"--out_dir={tmp_path}", "--num_seeds=2") == 0
     (path,) = tmp_path.iterdir()
@@ -403,6 +406,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
 # Divergence
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path, capsys):
     arguments = ["--cost=cross_entropy", "--learning_rate=1e308", "--epochs=3", "--run_name=mine"]
     assert main(*command_line(tiny, tmp_path, *arguments)) == 1

@@ -409,8 +409,13 @@ def test_new_weights_within_a_batch_are_caught():
         )
 
 
-@pytest.mark.parametrize("optimizer", [sj.sgd(**SWEEP), *OPTAX.values()], ids=["sgd", *OPTAX])
-def test_an_epoch_equals_a_loop_of_steps_with_any_optimizer(optimizer):
+OFTEN = ["adamw", "waits for the cost"]
+SELDOM = slow(*(name for name in OPTAX if name not in OFTEN))
+
+
+@pytest.mark.parametrize("name", ["sgd", *OFTEN, *SELDOM])
+def test_an_epoch_equals_a_loop_of_steps_with_any_optimizer(name):
+    optimizer = OPTAX.get(name, sj.sgd(**SWEEP))
     network, examples = problem()
     state = sj.init_state(network, optimizer)
     after, info = sj.make_epoch(quadratic, optimizer)(state, examples, SHORT)
@@ -424,8 +429,9 @@ def test_an_epoch_equals_a_loop_of_steps_with_any_optimizer(optimizer):
     np.testing.assert_allclose(info.cost, costs, rtol=1e-12)
 
 
-@pytest.mark.parametrize("optimizer", OPTAX.values(), ids=OPTAX)
-def test_an_epoch_equals_a_plain_optax_loop(optimizer):
+@pytest.mark.parametrize("name", [*OFTEN, *SELDOM])
+def test_an_epoch_equals_a_plain_optax_loop(name):
+    optimizer = OPTAX[name]
     network, examples = problem()
     batches = SHORT[:-1]
     params, _ = train(sj.make_epoch(quadratic, optimizer), optimizer, batches)
