@@ -160,16 +160,21 @@ def test_what_is_measured_is_of_all_examples_in_chunks_or_at_once(
         assert record["dead_classes_test"][seed] == count_dead(network, dataset.test)
 
 
-@pytest.mark.slow
-def test_a_full_batch_is_gradient_descent(tiny):
-    dataset = data.load(tiny)
-    config = Config(dataset=str(tiny), batch_size=0, learning_rate=0.5, epochs=2, dtype="float64")
+def trained_from(config, dataset):
+    """Returns the result of a run, and its first seed's network before and after each epoch."""
     seen = []
 
     def keep(state, record):
         seen.append([leaf[0].copy() for leaf in as_reference(state.params)])
 
-    result = train.run(config, dataset, on_epoch=keep)
+    return train.run(config, dataset, on_epoch=keep), seen
+
+
+@pytest.mark.slow
+def test_a_full_batch_is_gradient_descent(tiny):
+    dataset = data.load(tiny)
+    config = Config(dataset=str(tiny), batch_size=0, learning_rate=0.5, epochs=2, dtype="float64")
+    result, seen = trained_from(config, dataset)
     assert result.state.step.tolist() == [2]
     network, velocities = seen[0], [np.zeros_like(w) for w in seen[0]]
     for after in seen[1:]:
@@ -184,12 +189,7 @@ def test_a_full_batch_is_gradient_descent(tiny):
 def test_an_epoch_is_that_of_the_book_in_an_order_of_its_own(tiny):
     dataset = data.load(tiny)
     config = Config(dataset=str(tiny), batch_size=4, seed=7, epochs=2, dtype="float64")
-    seen = []
-
-    def keep(state, record):
-        seen.append([leaf[0].copy() for leaf in as_reference(state.params)])
-
-    train.run(config, dataset, on_epoch=keep)
+    _, seen = trained_from(config, dataset)
     _, key = jax.random.split(jax.random.key(7))
     network, velocities = seen[0], [np.zeros_like(w) for w in seen[0]]
     for number in (1, 2):

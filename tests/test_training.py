@@ -10,6 +10,7 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick import slow
 
 import sgd_jax as sj
 from sgd_jax.training import _epoch, _step
