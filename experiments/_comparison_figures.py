@@ -7,20 +7,22 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments._tabled import Picture
+from experiments.runs import style
 
 _COLORS = {
-    "without_replacement": "#4477aa",
-    "with_replacement": "#cc3355",
-    "poisson": "#ccaa22",
-    "stratified": "#228833",
-    "stratified_neyman": "#66bb88",
-    "importance": "#aa3377",
-    "control_variate": "#222222",
+    "without_replacement": style.BLUE,
+    "with_replacement": style.VERMILION,
+    "poisson": style.ORANGE,
+    "stratified": style.GREEN,
+    "stratified_neyman": style.SKY,
+    "importance": style.PURPLE,
+    "control_variate": style.INK,
 }
 _Z = 1.96  # bars and shades hold 95 % of a normal distribution
 Rows = list[dict[str, Any]]
 
 
+@style.styled
 def draw_all(description: str, result: Any) -> list[Picture]:
     """Returns the figures of a comparison.
 
@@ -32,26 +34,49 @@ def draw_all(description: str, result: Any) -> list[Picture]:
     for row in result.rows:
         by_scheme.setdefault(row["scheme"], []).append(row)
     law = figure_of_laws(by_scheme, result.point)
-    law.suptitle(f"What a mini-batch gradient is worth: {description}", fontsize=13)
+    law.suptitle(f"What a mini-batch gradient is worth: {description}")
     price = figure_of_prices(by_scheme, result.point)
-    price.suptitle(f"Better ways to draw, and what they cost: {description}", fontsize=13)
+    price.suptitle(f"Better ways to draw, and what they cost: {description}")
     return [
         Picture(
             "Laws and measurements",
-            "Three curves over the mini-batch size: the squared error of the estimate falls as its "
-            "law says, measured over exact error stays near 1, and the cosine to the full gradient "
-            "rises to 1.",
+            _describe_laws(by_scheme),
             law,
             "laws",
         ),
         Picture(
             "Ways to draw",
-            "Left, the squared error of each way to draw as a multiple of that of independent "
-            "draws; right, the relative error against the time of an estimate.",
+            _describe_schemes(by_scheme, result.point),
             price,
             "schemes",
         ),
     ]
+
+
+def _describe_laws(by_scheme: Mapping[str, Rows]) -> str:
+    """Returns in words what `figure_of_laws` shows, from its numbers."""
+    name, rows = next(iter(by_scheme.items()))
+    first, last = rows[0], rows[-1]
+    ratios = [row["ratio"] for rows in by_scheme.values() for row in rows if row["ratio"]]
+    return (
+        f"Over mini-batch sizes {first['batch_size']:,} to {last['batch_size']:,}: the squared "
+        f"error of {_words(name)} from {first['measured']:.3g} to {last['measured']:.3g}; measured "
+        f"over exact error of all schemes between {min(ratios):.3f} and {max(ratios):.3f}; the "
+        f"mean cosine to the full gradient from {first['mean_cosine']:.3f} to "
+        f"{last['mean_cosine']:.3f}."
+    )
+
+
+def _describe_schemes(by_scheme: Mapping[str, Rows], point: Mapping[str, float]) -> str:
+    """Returns in words what `figure_of_prices` shows, from its numbers."""
+    parts = []
+    for name, rows in by_scheme.items():
+        gains = [row["measured"] * row["batch_size"] / point["trace"] for row in rows]
+        parts.append(f"{_words(name)} {min(gains):.3g} to {max(gains):.3g}")
+    return (
+        "Left, squared error as a multiple of that of independent draws, over the mini-batch "
+        f"sizes: {'; '.join(parts)}. Right, the relative error against the time of an estimate."
+    )
 
 
 def figure_of_laws(by_scheme: Mapping[str, Rows], point: Mapping[str, float]) -> Figure:
@@ -60,7 +85,7 @@ def figure_of_laws(by_scheme: Mapping[str, Rows], point: Mapping[str, float]) ->
     error, ratio, cosine = figure.subplots(1, 3)
     n, squared_norm = point["num_examples"], point["squared_norm"]
     m = np.geomspace(1, n, 400)
-    error.plot(m, point["trace"] / m / squared_norm, ":", color="#999999", label="tr Σ/(m‖G‖²)")
+    error.plot(m, point["trace"] / m / squared_norm, ":", color=style.GREY, label="tr Σ/(m‖∇C‖²)")
     uniform = [s for s in ("without_replacement", "with_replacement") if s in by_scheme]
     shown = uniform or list(by_scheme)[:2]
     for name in shown:
@@ -81,17 +106,18 @@ def figure_of_laws(by_scheme: Mapping[str, Rows], point: Mapping[str, float]) ->
         )
     positive = [r["predicted"] / squared_norm for s in shown for r in by_scheme[s] if r["ratio"]]
     error.set_ylim(0.2 * min(positive), 3 * max(positive))
-    error.axhline(1, color="#999999", lw=0.8)
+    error.axhline(1, color=style.GREY, lw=0.8)
     error.annotate(
-        "error as long as G", (n, 1), xytext=(0, 3), textcoords="offset points", ha="right",
-        fontsize=8, color="#666666",
+        "error as long as ∇C", (n, 1), xytext=(0, 3), textcoords="offset points", ha="right",
+        fontsize=style.SMALL, color=style.GREY,
     )  # fmt: skip
     error.set_yscale("log")
-    error.set_title("E‖ĝ − G‖²/‖G‖²: lines exact, points measured", fontsize=11)
-    error.legend(fontsize=8, loc="lower left")
+    error.set_title("error: lines exact, points measured")
+    error.set_ylabel("E‖ĝ − ∇C‖²/‖∇C‖²")
+    style.legend(error)
 
-    ratio.axhspan(0.98, 1.02, color="#4477aa", alpha=0.12, lw=0, label="± 2 %")
-    ratio.axhline(1, color="#444444", lw=0.8)
+    ratio.axhspan(0.98, 1.02, color=style.BLUE, alpha=0.12, lw=0, label="± 2 %")
+    ratio.axhline(1, color=style.INK, lw=0.8)
     offsets = np.geomspace(0.9, 1.11, len(by_scheme)) if len(by_scheme) > 1 else [1.0]
     for (name, rows), offset in zip(by_scheme.items(), offsets, strict=True):
         rows = [row for row in rows if row["ratio"] is not None]
@@ -103,8 +129,9 @@ def figure_of_laws(by_scheme: Mapping[str, Rows], point: Mapping[str, float]) ->
     low, high = ratio.get_ylim()
     half = min(0.5, max(0.04, 1 - low, high - 1))
     ratio.set_ylim(1 - half, 1 + half)
-    ratio.set_title("measured/exact error, bars 95 %", fontsize=11)
-    ratio.legend(fontsize=8, ncols=2, loc="upper right")
+    ratio.set_title("measured over exact error, bars 95 %")
+    ratio.set_ylabel("measured/exact")
+    style.legend(ratio)
 
     name = shown[0]
     sizes, mean, low, high = _columns(
@@ -113,17 +140,17 @@ def figure_of_laws(by_scheme: Mapping[str, Rows], point: Mapping[str, float]) ->
     shape = _predicted(name, by_scheme[name], n)
     cosine.plot(
         m, 1 / np.sqrt(1 + shape(m) / squared_norm), color=_COLORS[name],
-        label="1/√(1 + E‖ĝ − G‖²/‖G‖²), exact for\nthe ratio of means",
+        label="1/√(1 + E‖ĝ − ∇C‖²/‖∇C‖²),\nexact for the ratio of means",
     )  # fmt: skip
     cosine.fill_between(sizes, low, high, color=_COLORS[name], alpha=0.18, lw=0, label="5 to 95 %")
     cosine.plot(sizes, mean, "o", ms=4.5, color=_COLORS[name], mfc="white", label="mean, measured")
-    cosine.set_title(f"cos(ĝ, G), {_words(name)}", fontsize=11)
+    cosine.set_title(_words(name))
+    cosine.set_ylabel("cos(ĝ, ∇C)")
     cosine.set_ylim(min(0.0, float(low.min())) - 0.02, 1.03)
-    cosine.legend(fontsize=8, loc="lower right")
+    style.legend(cosine)
     for axis in (error, ratio, cosine):
         axis.set_xscale("log")
         axis.set_xlabel(f"mini-batch size m, of n = {n:,}")
-        axis.grid(alpha=0.25)
     return figure
 
 
@@ -153,26 +180,26 @@ def figure_of_prices(by_scheme: Mapping[str, Rows], point: Mapping[str, float]) 
             x = 1e3 * (row["draw_seconds"] + row["gradient_seconds"])
             y = np.sqrt(row["measured"] / squared_norm)
             price.annotate(
-                f"m={row['batch_size']:,}", (x, y), xytext=(5, 4), textcoords="offset points",
-                fontsize=7, color="#555555",
+                f"m={row['batch_size']:,}", (x, y), xytext=(5, 5), textcoords="offset points",
+                fontsize=style.SMALL, color=style.GREY,
             )  # fmt: skip
-    price.axvline(1e3 * point["seconds"], color="#999999", ls="--", lw=1)
+    price.axvline(1e3 * point["seconds"], color=style.GREY, ls="--", lw=1)
     price.annotate(
         "the full gradient", (1e3 * point["seconds"], 0.02), xycoords=("data", "axes fraction"),
         xytext=(-3, 0), textcoords="offset points", rotation=90, ha="right", va="bottom",
-        fontsize=8, color="#666666",
+        fontsize=style.SMALL, color=style.GREY,
     )  # fmt: skip
     gain.set_xscale("log")
     gain.set_xlabel(f"mini-batch size m, of n = {n:,}")
     gain.set_ylim(bottom=0)
-    gain.set_title("E‖ĝ − G‖² as a multiple of tr Σ/m: lower is better", fontsize=11)
+    gain.set_title("error beside that of independent draws: lower is better")
+    gain.set_ylabel("E‖ĝ − ∇C‖² / (tr Σ/m)")
     price.set_xscale("log")
     price.set_yscale("log")
     price.set_xlabel("milliseconds to draw and to estimate")
-    price.set_title("√(E‖ĝ − G‖²)/‖G‖, measured: what a second buys", fontsize=11)
-    for axis in (gain, price):
-        axis.grid(alpha=0.25)
-    gain.legend(fontsize=8)
+    price.set_title("what a second buys")
+    price.set_ylabel("√E‖ĝ − ∇C‖² / ‖∇C‖, measured")
+    style.legend(gain, ncols=3)
     return figure
 
 

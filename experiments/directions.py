@@ -39,6 +39,7 @@ from experiments import _asked, _cli, _flags, _tabled, runs, train
 from experiments._asked import Asked, show_nothing
 from experiments._config import check_fields, fill_batch_sizes
 from experiments._tabled import Column
+from experiments.runs import style
 from sgd_jax import sampling
 from sgd_jax._tree import tree_axpy, tree_dot, tree_norm
 from sgd_jax.estimation.noise import curvature_noise_scale
@@ -46,7 +47,7 @@ from sgd_jax.typing import Array, CostFn, Params
 
 _CHUNK_SIZE = 1000
 _SMOKE = {"num_steps": 20, "num_probes": 10}
-_COLORS = ("#aa3377", "#4477aa", "#228833", "#ccaa22", "#222222")
+_COLORS = (style.PURPLE, style.BLUE, style.GREEN, style.ORANGE, style.INK)
 _KEPT = (
     *("epoch", "batch_size", "descent", "bend", "noise"),
     *("predicted", "measured", "standard_error"),
@@ -262,6 +263,7 @@ def _row(point: Point, steps: Steps, n: int, m: int, rate: float) -> _tabled.Row
     }
 
 
+@style.styled
 def draw(result: Result, rate: float, n: int, description: str) -> Figure:
     """Returns cosines and changes of the cost over the epochs, and the changes against η."""
     figure = Figure(figsize=(15, 4.8), layout="constrained")
@@ -280,18 +282,20 @@ def draw(result: Result, rate: float, n: int, description: str) -> Figure:
     first = [row for row in result.rows if row["batch_size"] == sizes[0]]
     change.plot(
         [row["epoch"] for row in first], [row["squared_norm"] for row in first], "--",
-        color="#888888", lw=1.2, label="‖G‖², first order: any m",
+        color=style.GREY, lw=1.2, label="‖∇C‖², first order: any m",
     )  # fmt: skip
     smallest = min(row["squared_norm"] for row in first)
     change.set_yscale("symlog", linthresh=max(smallest, 1e-12))
-    change.axhline(0, color="#444444", lw=0.8)
+    change.axhline(0, color=style.INK, lw=0.8)
     cosine.set_ylim(min(0.0, cosine.get_ylim()[0]), 1.02)
-    cosine.set_title("cos(ĝ, G): lines for the ratio of means, points mean", fontsize=10.5)
-    change.set_title(f"descent of the cost in a step, over η = {rate:g}", fontsize=10.5)
+    cosine.set_title("lines: ratio of means; points: mean")
+    cosine.set_ylabel("cos(ĝ, ∇C)")
+    change.set_title(f"descent in a step at η = {rate:g}")
+    change.set_ylabel("descent of the cost / η")
     for axis in (cosine, change):
         axis.set_xlabel("epoch (0: before training)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for m, color in zip((*sizes, n), (*_COLORS[: len(sizes)], "#222222"), strict=False):
+    for m, color in zip((*sizes, n), (*_COLORS[: len(sizes)], style.INK), strict=False):
         rows = [row for row in result.rates if row["batch_size"] == m]
         etas = np.array([row["learning_rate"] for row in rows])
         grid = np.geomspace(etas[0], etas[-1], 100)
@@ -302,17 +306,16 @@ def draw(result: Result, rate: float, n: int, description: str) -> Figure:
         _points(rates, etas, rows, -1.0, color, label)
     top = max(-row["measured"] for row in result.rates)
     rates.set_ylim(-1.5 * abs(top), 1.3 * abs(top))
-    rates.axhline(0, color="#444444", lw=0.8)
+    rates.axhline(0, color=style.INK, lw=0.8)
     rates.set_xscale("log")
-    rates.set_xlabel("η")
+    rates.set_xlabel("learning rate η")
     epoch = result.rates[0]["epoch"]
-    rates.set_title(f"descent in a step against η, after epoch {epoch}", fontsize=10.5)
+    rates.set_title(f"descent in a step after epoch {epoch}")
+    rates.set_ylabel("descent of the cost")
     for axis in (cosine, change, rates):
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        style.legend(axis)
     figure.suptitle(
         f"Steps that hardly point along the gradient: {description}; lines predicted, points taken",
-        fontsize=13,
     )
     return figure
 
@@ -337,6 +340,22 @@ GROUPS = _tabled.groups(
 )
 
 
+def describe(result: Result) -> str:
+    """Returns in words what `draw` shows, from its numbers."""
+    parts = []
+    for m in dict.fromkeys(row["batch_size"] for row in result.rows):
+        rows = [row for row in result.rows if row["batch_size"] == m]
+        ends = (rows[0], rows[-1])
+        cosines = " to ".join(f"{row['mean_cosine']:.3f}" for row in ends)
+        descents = " to ".join(f"{-row['measured']:.3g}" for row in ends)
+        parts.append(f"m = {m:,}: cosine {cosines}, descent in a step {descents}")
+    return (
+        f"Three panels. From epoch {result.rows[0]['epoch']} to {result.rows[-1]['epoch']}, mean "
+        f"cosine to the full gradient and measured descent: {'; '.join(parts)}. Right, the "
+        "descent of a step after the last epoch against the learning rate."
+    )
+
+
 def find(asked: Asked[Config], show: _tabled.Show) -> _tabled.Answer:
     """Returns what is left in the run folder."""
     result = run(asked, show)
@@ -348,10 +367,7 @@ def find(asked: Asked[Config], show: _tabled.Show) -> _tabled.Answer:
     }
     picture = _tabled.Picture(
         "Directions and descent",
-        "Three panels: the cosine of mini-batch gradients to the full gradient falls over the "
-        "epochs; the descent of a step, predicted and measured, over the epochs; and at the "
-        "last epoch against the learning rate, a parabola with its maximum earlier the "
-        "smaller the mini-batch.",
+        describe(result),
         draw(result, asked.training.learning_rate, asked.num_examples, asked.description),
         "directions",
     )

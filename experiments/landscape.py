@@ -38,10 +38,11 @@ from experiments import _asked, _cli, _tabled
 from experiments._asked import Asked, show_nothing
 from experiments._config import check_fields
 from experiments._tabled import Column
+from experiments.runs import style
 from sgd_jax import sampling
 from sgd_jax.typing import Array, CostFn, Examples, Params
 
-_COLORS = {"SGD": "#cc3355", "gradient descent": "#4477aa"}
+_COLORS = {"SGD": style.VERMILION, "gradient descent": style.BLUE}
 _SMOKE = {"num_frames": 3, "grid": 7}
 _TRAINING = {"epochs": 20}
 _FRAME_MILLISECONDS = 120
@@ -248,6 +249,7 @@ def _look(
     return Slice(x, y, np.array([np.asarray(along(jnp.asarray(v, float))) for v in y]))
 
 
+@style.styled
 def draw(result: Result, n: int, m: int, description: str) -> tuple[Figure, Callable[[int], None]]:
     """Returns the figure, both paths whole, and what shows them up to a point of the path."""
     paths, (x, y, cost) = result.paths, result.slice
@@ -261,9 +263,7 @@ def draw(result: Result, n: int, m: int, description: str) -> tuple[Figure, Call
     ticks = np.geomspace(cost.min(), cost.max(), 6)
     bar.set_ticks(ticks.tolist(), labels=[f"{tick:.2g}" for tick in ticks])
     plane.set_aspect("equal")
-    plane.set_title(
-        f"plane with {paths.share:.1%} of the squared distance from the start", fontsize=10.5
-    )
+    plane.set_title(f"plane with {paths.share:.1%} of the squared distance from the start")
     plane.set_xlabel("first principal direction")
     plane.set_ylabel("second principal direction")
     plane.plot(*paths.points[0, 0], "k*", ms=12, label="start")
@@ -282,13 +282,14 @@ def draw(result: Result, n: int, m: int, description: str) -> tuple[Figure, Call
         label=f"gradient descent after {gradients[1][equal]:,} gradients,\n"
         f"no more than all {gradients[0][-1]:,} of SGD",
     )  # fmt: skip
-    plane.legend(fontsize=8, loc="best")
+    style.legend(plane, ncols=1)
     curve.set_xscale("log")
     curve.set_yscale("log")
     curve.set_xlabel("gradients of examples taken")
-    curve.set_title("mean training cost on the paths themselves", fontsize=10.5)
-    curve.grid(alpha=0.3)
-    curve.legend(fontsize=9, loc="lower left")
+    curve.set_title("on the paths themselves")
+    curve.set_ylabel("mean training cost")
+    plane.grid(visible=False)
+    style.legend(curve)
 
     def show(last: int) -> None:
         for number in range(2):
@@ -300,7 +301,6 @@ def draw(result: Result, n: int, m: int, description: str) -> tuple[Figure, Call
         figure.suptitle(
             f"{description}: {paths.steps[last]:,} steps, {gradients[0][last]:,} gradients by SGD, "
             f"{gradients[1][last]:,} by gradient descent",
-            fontsize=12,
         )
 
     show(len(paths.steps) - 1)

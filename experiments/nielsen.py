@@ -37,11 +37,12 @@ from experiments import _cli, _flags, _recorded, _starting_point, _tabled, sweep
 from experiments._config import Config, load
 from experiments._recorded import Output
 from experiments._tabled import Column
+from experiments.runs import style
 from sgd_jax import data
 
 _SMOKE = {"dataset": "digits", "num_seeds": 2}
 _TRAINING = {"dataset": "mnist", "init": "normal", "num_seeds": 8}
-_COLORS = ("#4477aa", "#228833", "#ccaa22", "#cc3355", "#aa3377")
+_COLORS = (style.BLUE, style.GREEN, style.ORANGE, style.VERMILION, style.PURPLE)
 
 
 class Printed(NamedTuple):
@@ -142,6 +143,7 @@ def best_of_three(values: np.ndarray) -> float | None:
     return statistics.fmean(map(max, itertools.combinations(values.tolist(), 3)))
 
 
+@style.styled
 def draw(result: Result, name: str) -> Figure:
     """Returns the learning curves of all seeds, printed numbers as crosses."""
     figure = Figure(figsize=(13, 4.8), layout="constrained")
@@ -163,16 +165,33 @@ def draw(result: Result, name: str) -> Figure:
                 )  # fmt: skip
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
     whole.set_ylim(0, 100)
     highest = 100 * max(accuracy.max() for accuracy in result.accuracy)
     top.set_ylim(highest - 12, highest + 1)
-    whole.set_title("test accuracy in %: median, least to most of the seeds", fontsize=11)
-    top.set_title("the same from close by; crosses: printed in the book", fontsize=11)
-    whole.legend(fontsize=8, loc="center right")
+    whole.set_title("median, least to most of the seeds")
+    has_crosses = any(row["printed"] is not None for row in result.rows)
+    top.set_title("the upper end" + ("; crosses: printed in the book" if has_crosses else ""))
+    whole.set_ylabel("test accuracy in %")
+    top.set_ylabel("test accuracy in %")
+    style.legend(whole)
     num_seeds = result.rows[0]["num_seeds"]
-    figure.suptitle(f"The networks of chapter 1, {num_seeds} seeds, {name}", fontsize=13)
+    figure.suptitle(f"The networks of chapter 1, {num_seeds} seeds, {name}")
     return figure
+
+
+def describe(result: Result) -> str:
+    """Returns in words what `draw` shows, from its numbers."""
+    curves = "; ".join(
+        f"{row['network']} at η = {row['learning_rate']:g} from {np.median(accuracy[0]):.1%} to "
+        f"{np.median(accuracy[-1]):.1%}"
+        for row, accuracy in zip(result.rows, result.accuracy, strict=True)
+    )
+    crosses = any(row["printed"] is not None for row in result.rows)
+    end = " Crosses are at the numbers that the book prints." if crosses else ""
+    return (
+        f"Median test accuracy of the seeds after epoch 1 and {len(result.accuracy[0])}, with a "
+        f"band from the least to the most: {curves}.{end}"
+    )
 
 
 GROUPS = _tabled.groups(
@@ -205,8 +224,7 @@ def main() -> int:
         }
         picture = _tabled.Picture(
             "Learning curves",
-            "Test accuracy over the epochs of five networks, the median of the seeds with a band "
-            "from the least to the most, and crosses where the book prints a number.",
+            describe(result),
             draw(result, dataset.name),
             "nielsen",
         )

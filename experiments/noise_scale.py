@@ -31,10 +31,11 @@ import sgd_jax as sj
 from experiments import _cli, _processes, _recorded, _starting_point, _tabled, runs, train
 from experiments._config import Config
 from experiments._tabled import Column, Table
+from experiments.runs import style
 from sgd_jax import data
 
 _TRAINING = {"epochs": 15}
-_LAYER_COLORS = ("#ccaa22", "#aa3377", "#66ccee", "#cc3355")
+_LAYER_COLORS = (style.ORANGE, style.PURPLE, style.SKY, style.VERMILION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +140,7 @@ def _draw_scale(
         )
 
 
+@style.styled
 def draw(records: list[runs.Record], title: str) -> Figure:
     """Returns both noise scales, their parts and the accuracy over the epochs."""
     figure = Figure(figsize=(14, 4.6), layout="constrained")
@@ -151,7 +153,10 @@ def draw(records: list[runs.Record], title: str) -> Figure:
     for name, color in zip(_layers(records[0]), _LAYER_COLORS * len(records), strict=False):
         label = f"training, layer {name.removeprefix('noise_scale_layer')}"
         scale.plot(epochs, column(name), ":", lw=1, color=color, label=label)
-    for prefix, label, color in (("", "training", "#4477aa"), ("held_out_", "held out", "#cc3355")):
+    for prefix, label, color in (
+        ("", "training", style.BLUE),
+        ("held_out_", "held out", style.VERMILION),
+    ):
         _draw_scale(scale, epochs, *(column(f"{prefix}noise_scale{end}") for end in _ENDS),
                     label=label, color=color)  # fmt: skip
         parts.plot(
@@ -160,19 +165,21 @@ def draw(records: list[runs.Record], title: str) -> Figure:
         squared_norm = column(f"{prefix}noise_squared_norm")
         squared_norm[squared_norm <= 0] = np.nan
         parts.plot(epochs, squared_norm, "s--", ms=4, color=color, label=f"‖∇C‖², {label}")
-    scale.set_title("noise scale B = tr Σ/‖∇C‖², in examples", fontsize=11)
-    parts.set_title("its parts, in units of a squared gradient", fontsize=11)
+    scale.set_title("noise scale")
+    scale.set_ylabel("B = tr Σ/‖∇C‖², in examples")
+    parts.set_title("its parts")
+    parts.set_ylabel("squared length of a gradient")
     for axis in (scale, parts):
         axis.set_yscale("log")
-    for split, color in (("train", "#4477aa"), ("validation", "#ccaa22"), ("test", "#cc3355")):
+    for split, color in style.SPLITS.items():
         values = 100 * column(f"accuracy_{split}")
         accuracy.plot(epochs, values, "o-", ms=3, color=color, label=split)
-    accuracy.set_title("accuracy in %", fontsize=11)
+    accuracy.set_title("accuracy")
+    accuracy.set_ylabel("accuracy in %")
     for axis in (scale, parts, accuracy):
         axis.set_xlabel("epoch (0: before training)")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.suptitle(title, fontsize=13, parse_math=False)
+        style.legend(axis)
+    figure.suptitle(title, parse_math=False)
     return figure
 
 

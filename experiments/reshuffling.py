@@ -41,8 +41,9 @@ from experiments._config import check_fields, make_optimizer
 from experiments._orders import DRAWN, ORDERS, Walks, draw_epoch, predict, walk
 from experiments._recorded import DivergenceError
 from experiments._tabled import Column
+from experiments.runs import style
 
-_COLORS = dict(zip(ORDERS, ("#cc3355", "#4477aa", "#228833", "#ccaa22", "#aa3377"), strict=True))
+_COLORS = dict(zip(ORDERS, style.PALETTE, strict=False))
 _RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _SHOWN = 0.05  # the rate whose path is drawn
 _TRAINING = {"num_seeds": 8}
@@ -212,6 +213,7 @@ def _check(costs: np.ndarray, order: str, rate: float) -> None:
         )
 
 
+@style.styled
 def draw(result: Result, config: Config, description: str) -> Figure:
     """Returns the errors on the quadratic, laws through points, and the costs of the network."""
     figure = Figure(figsize=(13, 8.6), layout="constrained")
@@ -241,24 +243,26 @@ def draw(result: Result, config: Config, description: str) -> Figure:
         network.fill_between(
             np.arange(len(costs)), costs[:, 0], costs[:, -1], color=color, alpha=0.13, lw=0
         )
-    path.set_title(f"quadratic, ηλ = {_SHOWN}: E(x − x*)²/s²; lines exact, points walked")
+    path.set_title(f"quadratic, ηλ = {_SHOWN}: lines exact, points walked")
     path.set_xlabel("epoch")
-    path.legend(fontsize=8)
-    rates.set_title(f"the same after {rounds} epochs")
+    for axis in (path, network):
+        style.legend(axis, ncols=3)
+    rates.set_title(f"quadratic after {rounds} epochs")
     rates.set_xlabel("ηλ")
     rates.set_xscale("log")
-    inside.set_title(f"within epoch {rounds}, ηλ = {_SHOWN}")
+    left_out = ", ".join(_words(order) for order in ORDERS if order not in DRAWN)
+    inside.set_title(f"within epoch {rounds}, ηλ = {_SHOWN}; not shown: {left_out}")
+    for axis in (path, rates, inside):
+        axis.set_ylabel("E(x − x*)²/s²")
+    network.set_ylabel("mean training cost")
     inside.set_xlabel(f"step of {n}")
     inside.set_ylim(bottom=0)
-    network.set_title(f"{description}: mean training cost, median and range of the seeds")
+    network.set_title(f"{description}: median and range of the seeds")
     network.set_xlabel("epoch (0: before training)")
     network.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in (path, rates, network):
         axis.set_yscale("log")
-    for axis in (path, rates, inside, network):
-        axis.grid(alpha=0.3)
-        axis.title.set_fontsize(10.5)
-    figure.suptitle("The order of the examples, and what remains of the error", fontsize=13)
+    figure.suptitle("The order of the examples, and what remains of the error")
     return figure
 
 
@@ -273,6 +277,24 @@ _NUM_WALKS = flags.DEFINE_integer(
 _NUM_ROUNDS = flags.DEFINE_integer(
     "num_rounds", Config.num_rounds, "Epochs of each walk; the network's are --epochs."
 )
+
+
+def describe(result: Result) -> str:
+    """Returns in words what `draw` shows, from its numbers."""
+    index = _RATES.index(_SHOWN)
+    levels = "; ".join(
+        f"{_words(order)} {result.walks[order].mean[index, -1]:.3g}" for order in ORDERS
+    )
+    costs = "; ".join(
+        f"{_words(order)} {np.median(result.costs[order][-1]):.3g}" for order in ORDERS
+    )
+    return (
+        "Four panels. On the quadratic, points walked and lines exact, the mean squared distance "
+        f"to the minimum after the last epoch at ηλ = {_SHOWN}: {levels}. The median training "
+        f"cost of the network at the end: {costs}."
+    )
+
+
 GROUPS = _tabled.groups(
     {"Quadratic": (_NUM_TARGETS, _NUM_WALKS, _NUM_ROUNDS)},
     shared=("Data", "Network", "Training", "Seeds", "Run folder"),
@@ -285,9 +307,7 @@ def find(asked: Asked[Config], show: _tabled.Show) -> _tabled.Answer:
     ratios = [abs(row["ratio"] - 1) for row in result.quadratic if row["order"] in DRAWN]
     picture = _tabled.Picture(
         "Errors and costs",
-        "Four panels. On the quadratic the squared distance to the minimum falls to a level "
-        "that is lowest when the examples are reshuffled, and points lie on the closed forms; "
-        "the last panel shows the training cost of the network over the epochs by order.",
+        describe(result),
         draw(result, asked.config, asked.description),
         "reshuffling",
     )

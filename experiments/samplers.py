@@ -56,11 +56,12 @@ from experiments._sampler_rounds import (
     train,
 )
 from experiments._tabled import Column
+from experiments.runs import style
 from sgd_jax._tree import tree_dot
 from sgd_jax.typing import Array, CostFn, Params
 
 PROBLEMS = ("convex", "network")
-_COLORS = dict(zip(SAMPLERS, ("#4477aa", "#228833", "#aa3377", "#cc3355"), strict=True))
+_COLORS = dict(zip(SAMPLERS, style.PALETTE, strict=False))
 _SOLVER_STEPS = 300  # of L-BFGS; at 200 the cost of digits no longer changes in float32
 _SMOKE = {"problems": ("network",)}
 _TRAINING = {"epochs": 60, "num_seeds": 8}
@@ -254,6 +255,7 @@ def least_cost(problem: Problem, examples: Any, dtype: jax.typing.DTypeLike) -> 
     return float(mean_cost(solve(start)))
 
 
+@style.styled
 def draw(result: Result, description: str) -> Figure:
     """Returns worth, cost and gradient norm against the gradients taken, a row for each problem."""
     problems = list(dict.fromkeys(row["problem"] for row in result.trained))
@@ -273,18 +275,20 @@ def draw(result: Result, description: str) -> Figure:
             label = f"{sampler}, η = {curve[0]['learning_rate']:g}"
             for axis, column in ((cost, "excess"), (norm, "squared_norm")):
                 axis.plot(x, [row[column] for row in curve], ".-", color=color, ms=4, label=label)
-        worth.set_title(f"{name}: error of uniform draws over each, equal gradients", fontsize=10)
+        worth.set_title(f"{name}: worth of a gradient; above 1: better than uniform")
+        worth.set_ylabel("error of uniform draws / error of sampler")
         above = ", above the least there is" if name == "convex" else ""
-        cost.set_title(f"{name}: mean training cost{above}", fontsize=10.5)
-        norm.set_title(f"{name}: ‖∇C‖² of all examples", fontsize=10.5)
+        cost.set_title(f"{name}: training{above}")
+        cost.set_ylabel("mean training cost")
+        norm.set_title(f"{name}: gradient of all examples")
+        norm.set_ylabel("‖∇C‖²")
         worth.set_xlabel("rounds of n/m steps, by uniform draws")
         for axis in (cost, norm):
             axis.set_xlabel("gradients of examples, in units of n")
         for axis in (worth, cost, norm):
             axis.set_yscale("log")
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
-    figure.suptitle(f"What a gradient of an example buys: {description}", fontsize=13)
+            style.legend(axis)
+    figure.suptitle(f"What a gradient of an example buys: {description}")
     return figure
 
 

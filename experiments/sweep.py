@@ -44,6 +44,7 @@ from experiments import (
 from experiments._config import Config, load, read_config, resolve
 from experiments._recorded import Output
 from experiments._tabled import Column, Row, Table
+from experiments.runs import style
 from sgd_jax import data
 
 _SMOKE = {"learning_rates": (1.0, 10.0), "batch_sizes": (10, 50)}
@@ -239,6 +240,7 @@ def runs_of(records: list[runs.Record], config: Config, grid: Grid) -> list[Row]
     ]
 
 
+@style.styled
 def draw(rows: list[Row], title: str) -> Figure:
     """Returns the median accuracy as a heat map, and against the learning rate with its spread."""
     sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
@@ -255,23 +257,23 @@ def draw(rows: list[Row], title: str) -> Figure:
     heat.set_yticks(range(len(sizes)), [f"{size:,}" for size in sizes])
     for (i, j), value in np.ndenumerate(median):
         shade = "black" if value > 60 else "white"
-        heat.text(j, i, f"{value:.1f}", ha="center", va="center", color=shade, fontsize=9)
+        heat.text(j, i, f"{value:.1f}", ha="center", va="center", color=shade, fontsize=style.SMALL)
     heat.set_ylabel("mini-batch size m")
-    heat.set_title("median test accuracy in %", fontsize=11)
-    figure.colorbar(image, ax=heat)
-    colors = ["#4477aa", "#cc3355", "#228833", "#ccaa22", "#aa3377", "#66ccee"]
-    for i, (size, color) in enumerate(zip(sizes, itertools.cycle(colors), strict=False)):
+    heat.set_title("median of the seeds")
+    heat.grid(visible=False)
+    figure.colorbar(image, ax=heat, label="test accuracy in %")
+    for i, (size, color) in enumerate(zip(sizes, itertools.cycle(style.PALETTE), strict=False)):
         lines.plot(rates, median[i], "o-", ms=4, color=color, label=f"m = {size:,}")
         low, high = percent["min_accuracy"][i], percent["max_accuracy"][i]
         lines.fill_between(rates, low, high, color=color, alpha=0.15, lw=0)
     lines.set_xscale("log")
     lines.set_ylim(0, 100)
-    lines.set_title("the same, with least and largest of the seeds", fontsize=11)
-    lines.grid(alpha=0.3)
-    lines.legend(fontsize=9)
+    lines.set_title("median, least and largest of the seeds")
+    lines.set_ylabel("test accuracy in %")
+    style.legend(lines)
     for axis in (heat, lines):
         axis.set_xlabel("learning rate η")
-    figure.suptitle(title, fontsize=13, parse_math=False)
+    figure.suptitle(title, parse_math=False)
     return figure
 
 
@@ -313,8 +315,10 @@ def _find(
     )
     picture = _tabled.Picture(
         "Accuracy by mini-batch size and learning rate",
-        "Left, a heat map of the median test accuracy, sizes by rates; right, the same against the "
-        "learning rate, a line for each size with the range of the seeds.",
+        f"Median test accuracy by mini-batch size and learning rate: from "
+        f"{min(row['median_accuracy'] for row in rows):.1%} to "
+        f"{summary['test_accuracy_there']:.1%}, the best, at m = {summary['best_batch_size']} and "
+        f"η = {summary['best_learning_rate']:g}. Left as a heat map, right a line for each size.",
         draw(rows, title),
         "sweep",
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.runs import style
 from experiments.runs.folder import Record
 from experiments.runs.page import html_figure, html_pairs, html_table, write_page
 from experiments.runs.summary import per_seed
@@ -15,7 +16,6 @@ from sgd_jax.distributed import processes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLORS = {"train": "#4477aa", "validation": "#ccaa22", "test": "#cc3355"}
 _COLUMNS = (
     ("epoch", "epoch", "{:d}"),
     ("cost_train", "cost", "{:.4g}"),
@@ -30,6 +30,7 @@ _COLUMNS = (
 _UNDETERMINED = "–"
 
 
+@style.styled
 def draw_learning_curve(path: Path, records: Sequence[Record], title: str) -> None:
     """Draws cost, accuracy and gradient norm over the epochs into a PNG file, replaced atomically.
 
@@ -39,8 +40,8 @@ def draw_learning_curve(path: Path, records: Sequence[Record], title: str) -> No
     from matplotlib.ticker import MaxNLocator
 
     has_noise = "noise_scale" in records[0]
-    figure = Figure(figsize=(15 if has_noise else 12, 3.8), layout="constrained")
-    axes = figure.subplots(1, 4 if has_noise else 3)
+    figure = Figure(figsize=(11, 8.4) if has_noise else (12, 4.4), layout="constrained")
+    axes = figure.subplots(2, 2).ravel() if has_noise else figure.subplots(1, 3)
     epochs = [record["epoch"] for record in records]
 
     def draw(axis: Any, name: str, color: str, label: str | None = None, scale: float = 1) -> None:
@@ -51,26 +52,26 @@ def draw_learning_curve(path: Path, records: Sequence[Record], title: str) -> No
                 epochs, values.min(axis=1), values.max(axis=1), color=color, alpha=0.18, linewidth=0
             )
 
-    for split, color in _COLORS.items():
+    for split, color in style.SPLITS.items():
         draw(axes[0], f"cost_{split}", color, split)
         draw(axes[1], f"accuracy_{split}", color, split, scale=100)
-    draw(axes[2], "gradient_norm", "#333333")
+    draw(axes[2], "gradient_norm", style.INK)
     num_seeds = len(per_seed(records[0]["accuracy_test"]))
     spread = f" (median, least to largest of {num_seeds} seeds)" if num_seeds > 1 else ""
-    labels = ["mean cost", "accuracy in %", "‖∇C‖, training set"]
+    labels = ["mean cost", "accuracy in %", "‖∇C‖ of the training examples"]
     if has_noise:
         _draw_noise(axes[3], records)
-        labels.append("noise scale tr Σ/‖∇C‖², in examples")
+        labels.append("B = tr Σ/‖∇C‖², in examples")
     for axis, label in zip(axes, labels, strict=True):
-        axis.set_title(label, fontsize=11)
+        axis.set_ylabel(label)
         axis.set_xlabel("epoch (0: before training)")
-        axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in (axes[0], axes[2]):
         axis.set_yscale("log")
     _leave_out_the_start(axes[1], records)
-    axes[1].legend(loc="lower right")
-    figure.suptitle(title + spread, fontsize=12, parse_math=False)
+    for axis in axes[:2]:
+        style.legend(axis, ncols=3)
+    figure.suptitle(title + spread, parse_math=False)
     save_figure(path, figure)
 
 
@@ -85,19 +86,23 @@ def _draw_noise(axis: Any, records: Sequence[Record]) -> None:
         return np.where(np.isfinite(middle), middle, np.nan)
 
     value, low, high = (column(f"noise_scale{end}") for end in ("", "_low", "_high"))
-    axis.plot(epochs, value, ".-", color="#228833", linewidth=1.5, markersize=4)
-    axis.fill_between(epochs, low, high, color="#228833", alpha=0.18, linewidth=0, label="95 %")
+    axis.plot(
+        epochs, value, ".-", color=style.GREEN, linewidth=1.5, markersize=4, label="noise scale B"
+    )
+    axis.fill_between(
+        epochs, low, high, color=style.GREEN, alpha=0.18, linewidth=0, label="its interval, 95 %"
+    )
     is_open = np.isnan(value)
     if is_open.any():
         axis.plot(
-            np.array(epochs)[is_open], low[is_open], "^", color="#888888", markersize=4,
+            np.array(epochs)[is_open], low[is_open], "^", color=style.GREY, markersize=4,
             label="at least this: undetermined",
         )  # fmt: skip
     if "batch_size" in records[0]:
         sizes = [record["batch_size"] for record in records]
-        axis.step(epochs, sizes, where="pre", color="#333333", linewidth=1.2, label="batch size")
+        axis.step(epochs, sizes, where="pre", color=style.INK, linewidth=1.2, label="batch size m")
     axis.set_yscale("log")
-    axis.legend(loc="best", fontsize=8)
+    style.legend(axis)
 
 
 def save_figure(path: Path, figure: "Figure") -> None:
@@ -119,7 +124,7 @@ def _leave_out_the_start(axis: Any, records: Sequence[Record]) -> None:
     """Lets the axis begin at the least accuracy of the last two thirds of the epochs."""
     late = records[len(records) // 3 :]
     accuracies = [
-        value for r in late for split in _COLORS for value in per_seed(r[f"accuracy_{split}"])
+        value for r in late for split in style.SPLITS for value in per_seed(r[f"accuracy_{split}"])
     ]
     low, high = 100 * min(accuracies), 100 * max(accuracies)
     margin = max(1.0, 0.1 * (high - low))
@@ -161,15 +166,18 @@ def describe_learning_curve(records: Sequence[Record]) -> str:
         dict(zip(column_labels(record), format_record(record), strict=True))
         for record in (records[0], records[-1])
     )
-    changes = (
+    changes = [
         f"{name} from {first[label]} to {last[label]}"
         for name, label in (
             ("the mean cost of the training examples", "cost"),
             ("accuracy on the training examples", "train"),
             ("on the test examples", "test"),
             ("the norm of the gradient", "‖∇C‖"),
+            ("the noise scale B, in examples", "B"),
+            ("the batch size", "m"),
         )
-    )
+        if label in first
+    ]
     return f"Curves from epoch {first['epoch']} to {last['epoch']}: {', '.join(changes)}."
 
 
