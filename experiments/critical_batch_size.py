@@ -44,6 +44,7 @@ from experiments._config import check_fields, fill_batch_sizes
 from experiments._tabled import Column
 from experiments._target import RATES, Problem, count_steps
 from experiments._trade import Fit, find_best, fit_trade, progress_weighted
+from experiments.runs import style
 from sgd_jax import data
 
 _TRAINING = {"num_seeds": 8}
@@ -244,6 +245,22 @@ def averages(noise: list[_tabled.Row]) -> dict[str, float]:
     }
 
 
+def describe(result: Result) -> str:
+    """Returns in words what `draw` shows, from its numbers."""
+    first, last = result.rows[0], result.rows[-1]
+    critical, low, high = result.fit.critical
+    scales = [row["noise_scale"] for row in result.noise]
+    return (
+        f"From m = {first['batch_size']} to {last['batch_size']} the mean steps to the target go "
+        f"from {first['steps']:,.0f} to {last['steps']:,.0f}, and the examples from "
+        f"{first['batch_size'] * first['steps']:,.0f} to "
+        f"{last['batch_size'] * last['steps']:,.0f}; the fitted critical batch size is "
+        f"{critical:.3g} ({low:.3g} to {high:.3g}). The noise scale of one run goes from "
+        f"{scales[0]:.3g} at the start to {scales[-1]:.3g} at the target."
+    )
+
+
+@style.styled
 def draw(result: Result, target: float, description: str) -> Figure:
     """Returns steps against m, the trade of steps and examples, and the noise scale of a run."""
     figure = Figure(figsize=(15, 4.8), layout="constrained")
@@ -255,43 +272,45 @@ def draw(result: Result, target: float, description: str) -> Figure:
     critical, low, high = result.fit.critical
     grid = np.geomspace(m[0] / 1.5, m[-1] * 1.5, 200)
     law = least * (1 + critical / grid)
-    steps.plot(grid, law, color="#4477aa", lw=1.3, label="S_min (1 + B_crit/m), fitted")
+    steps.plot(grid, law, color=style.BLUE, lw=1.3, label="S_min (1 + B_crit/m), fitted")
     steps.errorbar(
-        m, mean, np.abs(ends - mean), fmt="o", ms=5, color="#222222", mfc="white",
+        m, mean, np.abs(ends - mean), fmt="o", ms=5, color=style.INK, mfc="white",
         label="mean, least to most of the seeds",
     )  # fmt: skip
-    trade.plot(law, grid * law, color="#4477aa", lw=1.3, label="(S/S_min − 1)(E/E_min − 1) = 1")
-    trade.plot(mean, m * mean, "o", ms=5, color="#222222", mfc="white")
+    trade.plot(law, grid * law, color=style.BLUE, lw=1.3, label="(S/S_min − 1)(E/E_min − 1) = 1")
+    trade.plot(mean, m * mean, "o", ms=5, color=style.INK, mfc="white")
     for size, x, y in zip(m, mean, m * mean, strict=True):
-        trade.annotate(f"{size:.0f}", (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    steps.axvspan(low, high, color="#228833", alpha=0.15, lw=0)
-    steps.axvline(critical, color="#228833", lw=1.2, label=f"B_crit = {critical:.0f}, 95 %")
+        trade.annotate(f"{size:.0f}", (x, y), xytext=(5, 4), textcoords="offset points")
+    steps.axvspan(low, high, color=style.GREEN, alpha=0.15, lw=0)
+    steps.axvline(critical, color=style.GREEN, lw=1.2, label=f"B_crit = {critical:.3g}, 95 %")
     steps.set_xlabel("mini-batch size m")
-    steps.set_title(f"steps S to an accuracy of {target:.0%}, best η", fontsize=10.5)
+    steps.set_title(f"to an accuracy of {target:.0%}, best η")
+    steps.set_ylabel("steps S")
     trade.set_xlabel("steps S")
-    trade.set_title("examples E = mS against steps; numbers: m", fontsize=10.5)
+    trade.set_title("numbers: mini-batch size m")
+    trade.set_ylabel("examples E = mS")
     path, found = result.noise, averages(result.noise)
     noise.plot(
         [row["step"] for row in path], [row["noise_scale"] for row in path], "o-", ms=4,
-        color="#aa3377", label=f"B = tr Σ/‖∇C‖², m = {result.noise[0]['batch_size']}",
+        color=style.PURPLE, label=f"B = tr Σ/‖∇C‖², m = {result.noise[0]['batch_size']}",
     )  # fmt: skip
-    for value, style, label in (
+    for value, dashes, label in (
         (found["noise_scale_by_progress"], "--", "B by progress"),
         (found["curvature_noise_scale_by_progress"], "-.", "B_noise by progress"),
         (found["noise_scale_median"], ":", "median of B"),
     ):
-        noise.axhline(value, color="#aa3377", ls=style, lw=1.2, label=label)
-    noise.axhspan(low, high, color="#228833", alpha=0.15, lw=0)
-    noise.axhline(critical, color="#228833", lw=1.2, label="B_crit, 95 %")
+        noise.axhline(value, color=style.PURPLE, ls=dashes, lw=1.2, label=label)
+    noise.axhspan(low, high, color=style.GREEN, alpha=0.15, lw=0)
+    noise.axhline(critical, color=style.GREEN, lw=1.2, label="B_crit, 95 %")
     noise.set_xlabel("step, from the start to the target")
-    noise.set_title("noise scale of one run, in examples", fontsize=10.5)
+    noise.set_title("noise scale of one run")
+    noise.set_ylabel("in examples")
     for axis in (steps, trade):
         axis.set_xscale("log")
     for axis in (steps, trade, noise):
         axis.set_yscale("log")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.suptitle(f"How large a mini-batch is worth its examples: {description}", fontsize=13)
+        style.legend(axis)
+    figure.suptitle(f"How large a mini-batch is worth its examples: {description}")
     return figure
 
 
@@ -333,9 +352,7 @@ def find(asked: Asked[Config], show: _tabled.Show) -> _tabled.Answer:
     }
     picture = _tabled.Picture(
         "Steps, examples and noise",
-        "Steps to the target fall as the mini-batch grows, at first in proportion and then "
-        "hardly; examples against steps lie on a hyperbola; and the noise scale of one run "
-        "rises from the start to the target, beside the critical batch size.",
+        describe(result),
         draw(result, target, description),
         "critical_batch_size",
     )
