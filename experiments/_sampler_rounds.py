@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from sgd_jax.sampling import optimal_probabilities, proportional_allocation
 from sgd_jax.typing import Array, CostFn, Params
 
 SAMPLERS = ("uniform", "stratified", "importance", "svrg")
-RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+SCHEDULES = ("constant", "decaying", "averaged")
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _CHUNK_SIZE = 1000
 
 
@@ -88,39 +89,67 @@ def _norms(fun: CostFn, params: Params, examples: Any) -> Array:
     return jnp.sqrt(sj.per_example_grad(fun, chunk_size=size)(params, examples).squared_norms())
 
 
+class Trained(NamedTuple):
+    """What training with every learning rate and seed leaves; R rates, S seeds, K rounds."""
+
+    costs: np.ndarray
+    """Mean training cost after each round, (R, S, K + 1)."""
+    norms: np.ndarray
+    """‖∇C‖² after each round, (R, S, K + 1)."""
+    averaged: np.ndarray
+    """Mean training cost at the mean of the params after the rounds of the second half, (R, S)."""
+    path: Params
+    """The params after each round, leaves (K + 1, R, S, …)."""
+
+
 def train(
     fun: CostFn,
     take_round: Round,
     examples: Any,
     first: tuple[Params, Array],
     num_rounds: int,
-) -> tuple[np.ndarray, np.ndarray, Params]:
-    """Trains with all learning rates and seeds at once; returns what is there after each round.
+    *,
+    is_decaying: bool = False,
+) -> Trained:
+    """Trains with all learning rates and seeds at once.
 
-    The costs and the ‖∇C‖², (num_rates, num_seeds, num_rounds + 1), and the params, whose leaves
-    have leading axes (num_rounds + 1, num_rates, num_seeds).
+    Seeds share their first networks and draws among samplers and schedules. A decaying rate is
+    η (1 − k/K) in round k of K.
+
+    Args:
+      fun: The cost of one example.
+      take_round: As `make_round` returns it.
+      examples: All n.
+      first: Networks and keys of the seeds.
+      num_rounds: K.
+      is_decaying: Whether the learning rate falls linearly, round by round.
     """
     mean_cost = jax.value_and_grad(sj.mean_cost(fun))
+    half = (num_rounds + 1) // 2
 
     def measure(params: Params) -> tuple[Array, Array]:
         cost, gradient = mean_cost(params, examples)
         return cost, tree_dot(gradient, gradient)
 
-    def train_one(rate: Array, first: tuple[Params, Array]) -> tuple[Array, Array, Params]:
+    def train_one(rate: Array, first: tuple[Params, Array]) -> tuple[Array, Array, Array, Params]:
         params, key = first
 
         def one(params: Params, number: Array) -> tuple[Params, Params]:
-            return take_round(params, examples, jax.random.fold_in(key, number), rate), params
+            now = rate * (1 - number / num_rounds) if is_decaying else rate
+            return take_round(params, examples, jax.random.fold_in(key, number), now), params
 
         last, path = jax.lax.scan(one, params, jnp.arange(num_rounds))
         path = jax.tree.map(lambda leaf, end: jnp.concatenate([leaf, end[None]]), path, last)
-        return *jax.lax.map(measure, path), path
+        averaged = jax.tree.map(lambda leaf: jnp.mean(leaf[half:], axis=0), path)
+        costs, norms = jax.lax.map(measure, path)
+        return costs, norms, measure(averaged)[0], path
 
-    over_seeds = jax.vmap(train_one, in_axes=(None, 0), out_axes=(0, 0, 1))
-    train_all = jax.jit(jax.vmap(over_seeds, in_axes=(0, None), out_axes=(0, 0, 1)))
+    over_seeds = jax.vmap(train_one, in_axes=(None, 0), out_axes=(0, 0, 0, 1))
+    train_all = jax.jit(jax.vmap(over_seeds, in_axes=(0, None), out_axes=(0, 0, 0, 1)))
     rates = jnp.asarray(RATES, jax.tree.leaves(first[0])[0].dtype)
-    costs, norms, path = train_all(rates, first)
-    return np.asarray(costs, np.float64), np.asarray(norms, np.float64), path
+    costs, norms, averaged, path = train_all(rates, first)
+    found = (np.asarray(values, np.float64) for values in (costs, norms, averaged))
+    return Trained(*found, path)
 
 
 def measure_errors(

@@ -33,13 +33,14 @@ compiling; the second took eleven minutes on two that others shared.
 """
 
 import dataclasses
+import functools
 import math
-import statistics
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
+import scipy.stats
 from absl import flags
 from matplotlib.figure import Figure
 
@@ -50,6 +51,8 @@ from experiments._config import check_fields
 from experiments._sampler_rounds import (
     RATES,
     SAMPLERS,
+    SCHEDULES,
+    Trained,
     gradients_of_round,
     make_round,
     measure_errors,
@@ -90,20 +93,23 @@ TRAINED = _tabled.Table(
     (
         Column("problem", "problem  ", "{:<9}"),
         Column("sampler", "sampler   ", "{:<10}"),
+        Column("schedule", "η       ", "{:<8}"),
         Column("learning_rate", "best η", "{:g}"),
         Column("num_steps", "steps", "{:,}"),
         Column("num_gradients", "gradients", "{:,}"),
-        Column("cost_median", "cost", "{:.6f}"),
+        Column("cost_median", "cost", "{:.6f}", missing="edge"),
         Column("cost_least", "least", "{:.6f}"),
         Column("cost_most", "most", "{:.6f}"),
         Column("excess", "above least", "{:.3g}"),
-        Column("squared_norm", "‖∇C‖²", "{:.3g}"),
+        Column("p_value", "p", "{:.2g}"),
     ),
     heading="Training",
     stem="training",
     legend="After so many gradients of examples: mean cost of all training examples, median, least "
-    "and most of the seeds; the median above the least cost there is, which is known for the "
-    "convex problem; the median of ‖∇C‖². The best η is that of the least median cost.",
+    "and most of the seeds; the median above the least cost there is, known for the convex problem. The "
+    "best η is that of the least median cost; at the edge of those tried nothing is reported. "
+    "Decaying: linearly to 0. Averaged: constant, at the mean of the params after the rounds of the "
+    "second half. p: Wilcoxon's signed-rank test over seeds against uniform draws of that schedule.",
 )
 VARIANCE = _tabled.Table(
     (
@@ -148,41 +154,33 @@ def run(asked: Asked[Config], show: _tabled.Show = show_nothing) -> Result:
         problem = make_problem(name, asked)
         least = least_cost(problem, examples, asked.dtype) if name == "convex" else None
         first = asked.first_networks(problem.sizes)
+        against = {}
         for sampler in SAMPLERS:
             price = gradients_of_round(sampler, n, m)
             num_rounds = max(1, asked.training.epochs * n // price)
             take_round = make_round(sampler, problem.fun, labels, m, share)
-            costs, norms, path = train(problem.fun, take_round, examples, first, num_rounds)
-            final = np.median(np.where(np.isfinite(costs), costs, np.inf)[:, :, -1], axis=1)
-            best = int(np.argmin(final))
-            row = {
-                "problem": name,
-                "sampler": sampler,
-                "learning_rate": RATES[best],
-                "num_steps": num_rounds * (n // m),
-                "num_gradients": num_rounds * price,
-                "cost_median": final[best],
-                "cost_least": costs[best, :, -1].min(),
-                "cost_most": costs[best, :, -1].max(),
-                "excess": None if least is None else final[best] - least,
-                "squared_norm": statistics.median(norms[best, :, -1]),
-            }
-            trained.append(row)
-            show(TRAINED, row)
-            curves += [
-                {
+            go = functools.partial(
+                train, problem.fun, take_round, examples, first, num_rounds
+            )
+            constant, decaying = go(), go(is_decaying=True)
+            finals = (constant.costs[..., -1], decaying.costs[..., -1], constant.averaged)
+            for schedule, final in zip(SCHEDULES, finals, strict=True):
+                row = summarize(final, least, against.setdefault(schedule, final))
+                row = {
                     "problem": name,
                     "sampler": sampler,
-                    "learning_rate": RATES[best],
-                    "passes": number * price / n,
-                    "cost": statistics.median(costs[best, :, number]),
-                    "excess": statistics.median(costs[best, :, number]) - (least or 0.0),
-                    "squared_norm": statistics.median(norms[best, :, number]),
-                }
-                for number in range(num_rounds + 1)
-            ]
+                    "schedule": schedule,
+                    "num_steps": num_rounds * (n // m),
+                    "num_gradients": num_rounds * price,
+                } | row
+                trained.append(row)
+                show(TRAINED, row)
+            for schedule, found in (("constant", constant), ("decaying", decaying)):
+                curves += curve_of(found, name, sampler, schedule, price / n, least or 0.0)
             if sampler == "uniform":
-                paths.append((problem, jax.tree.map(lambda leaf, k=best: leaf[:, k, 0], path)))
+                best = best_rate(finals[0])
+                path = jax.tree.map(lambda leaf, k=best: leaf[:, k, 0], constant.path)
+                paths.append((problem, path))
     for problem, path in paths:
         found = measure_errors(problem.fun, path, examples, labels, m, share)
         for number, of_round in enumerate(found, start=1):
@@ -197,6 +195,64 @@ def run(asked: Asked[Config], show: _tabled.Show = show_nothing) -> Result:
             variance.append(row)
             show(VARIANCE, row)
     return Result(trained, variance, curves)
+
+
+def best_rate(final: np.ndarray) -> int:
+    """Returns the place of the learning rate of least median cost, (num_rates, num_seeds)."""
+    return int(np.argmin(np.median(np.where(np.isfinite(final), final, np.inf), axis=1)))
+
+
+def summarize(final: np.ndarray, least: float | None, uniform: np.ndarray) -> _tabled.Row:
+    """Returns the cost at the best learning rate, its spread, and a paired test against uniform draws.
+
+    At the least or the largest rate tried the best one is not known: the costs are None. The test is
+    Wilcoxon's signed-rank test over seeds, two-sided, each sampler at its own best rate; None with less
+    than six seeds, which cannot reach 0.05, and of uniform draws themselves.
+
+    Args:
+      final: Costs at the end, (num_rates, num_seeds).
+      least: The least cost there is, or None.
+      uniform: The same of uniform draws.
+    """
+    best, reference = best_rate(final), best_rate(uniform)
+    if best in (0, len(RATES) - 1):
+        names = ("cost_median", "cost_least", "cost_most", "excess", "p_value")
+        return {"learning_rate": RATES[best]} | dict.fromkeys(names)
+    costs = final[best]
+    p = None
+    if final is not uniform and len(costs) >= 6 and np.isfinite(costs).all():
+        p = float(scipy.stats.wilcoxon(costs, uniform[reference]).pvalue)
+    return {
+        "learning_rate": RATES[best],
+        "cost_median": float(np.median(costs)),
+        "cost_least": float(costs.min()),
+        "cost_most": float(costs.max()),
+        "excess": None if least is None else float(np.median(costs)) - least,
+        "p_value": p,
+    }
+
+
+def curve_of(
+    found: Trained, problem: str, sampler: str, schedule: str, passes: float, least: float
+) -> list[_tabled.Row]:
+    """Returns a row a round at the best learning rate: median, least and most of the seeds."""
+    best = best_rate(found.costs[..., -1])
+    costs, norms = found.costs[best], found.norms[best]
+    return [
+        {
+            "problem": problem,
+            "sampler": sampler,
+            "schedule": schedule,
+            "learning_rate": RATES[best],
+            "passes": number * passes,
+            "cost": float(np.median(costs[:, number])),
+            "excess": float(np.median(costs[:, number])) - least,
+            "excess_least": float(costs[:, number].min()) - least,
+            "excess_most": float(costs[:, number].max()) - least,
+            "squared_norm": float(np.median(norms[:, number])),
+        }
+        for number in range(costs.shape[1])
+    ]
 
 
 def check(asked: Asked[Config]) -> Asked[Config]:
@@ -257,11 +313,11 @@ def least_cost(problem: Problem, examples: Any, dtype: jax.typing.DTypeLike) -> 
 
 @style.styled
 def draw(result: Result, description: str) -> Figure:
-    """Returns worth, cost and gradient norm against the gradients taken, a row for each problem."""
+    """Returns worth, and cost by both schedules against the gradients taken, a row a problem."""
     problems = list(dict.fromkeys(row["problem"] for row in result.trained))
     figure = Figure(figsize=(14, 4.4 * len(problems)), layout="constrained")
     axes = np.atleast_2d(figure.subplots(len(problems), 3))
-    for name, (worth, cost, norm) in zip(problems, axes, strict=True):
+    for name, (worth, cost, decaying) in zip(problems, axes, strict=True):
         rows = [row for row in result.variance if row["problem"] == name]
         rounds = [row["round"] for row in rows]
         worth.axhline(1, color=_COLORS["uniform"], lw=1.5, label="uniform")
@@ -270,22 +326,29 @@ def draw(result: Result, description: str) -> Figure:
             if sampler != "uniform":
                 values = [row[f"worth_{sampler}"] for row in rows]
                 worth.plot(rounds, values, ".-", color=color, lw=1.2, ms=4, label=sampler)
-            curve = [r for r in result.curves if (r["problem"], r["sampler"]) == (name, sampler)]
-            x = [row["passes"] for row in curve]
-            label = f"{sampler}, η = {curve[0]['learning_rate']:g}"
-            for axis, column in ((cost, "excess"), (norm, "squared_norm")):
-                axis.plot(x, [row[column] for row in curve], ".-", color=color, ms=4, label=label)
+            for schedule, axis in (("constant", cost), ("decaying", decaying)):
+                wanted = (name, sampler, schedule)
+                curve = [
+                    r
+                    for r in result.curves
+                    if (r["problem"], r["sampler"], r["schedule"]) == wanted
+                ]
+                x = [row["passes"] for row in curve]
+                label = f"{sampler}, η = {curve[0]['learning_rate']:g}"
+                axis.plot(x, [r["excess"] for r in curve], ".-", color=color, ms=4, label=label)
+                ends = ([r[f"excess_{end}"] for r in curve] for end in ("least", "most"))
+                axis.fill_between(x, *ends, color=color, alpha=0.15, lw=0)
         worth.set_title(f"{name}: worth of a gradient; above 1: better than uniform")
         worth.set_ylabel("error of uniform draws / error of sampler")
         above = ", above the least there is" if name == "convex" else ""
-        cost.set_title(f"{name}: training{above}")
-        cost.set_ylabel("mean training cost")
-        norm.set_title(f"{name}: gradient of all examples")
-        norm.set_ylabel("‖∇C‖²")
+        cost.set_title(f"{name}: training{above}, constant η")
+        decaying.set_title(f"{name}: training{above}, η falling linearly to 0")
+        for axis in (cost, decaying):
+            axis.set_ylabel("mean training cost, median and range of seeds")
         worth.set_xlabel("rounds of n/m steps, by uniform draws")
-        for axis in (cost, norm):
+        for axis in (cost, decaying):
             axis.set_xlabel("gradients of examples, in units of n")
-        for axis in (worth, cost, norm):
+        for axis in (worth, cost, decaying):
             axis.set_yscale("log")
             style.legend(axis)
     figure.suptitle(f"What a gradient of an example buys: {description}")
@@ -311,18 +374,19 @@ GROUPS = _tabled.groups(
 def find(asked: Asked[Config], show: _tabled.Show) -> _tabled.Answer:
     """Returns what is left in the run folder."""
     result = run(asked, show)
-    least = {
-        f"best_sampler_{name}": min(
-            (row for row in result.trained if row["problem"] == name),
-            key=lambda row: row["cost_median"],
-        )["sampler"]
-        for name in asked.config.problems
-    }
+    known = [row for row in result.trained if row["cost_median"] is not None]
+    least = {}
+    for name in asked.config.problems:
+        of_problem = [row for row in known if row["problem"] == name]
+        if of_problem:
+            best = min(of_problem, key=lambda row: row["cost_median"])
+            least[f"best_sampler_{name}"] = best["sampler"]
+            least[f"best_schedule_{name}"] = best["schedule"]
     picture = _tabled.Picture(
         "What a gradient buys",
         "For each problem, against the gradients of examples taken: how much smaller than that "
-        "of uniform draws the error of each sampler is at equal gradients, the training cost, "
-        "and the squared norm of the gradient.",
+        "of uniform draws the error of each sampler is at equal gradients, and the training cost "
+        "with a constant and a decaying learning rate, medians and range of the seeds.",
         draw(result, asked.description),
         "samplers",
     )
@@ -337,7 +401,8 @@ def find(asked: Asked[Config], show: _tabled.Show) -> _tabled.Answer:
 
 def num_rows(asked: Asked[Config]) -> int:
     """Returns how many rows the tables will have."""
-    return len(asked.config.problems) * (len(SAMPLERS) + asked.training.epochs)
+    of_problem = len(SAMPLERS) * len(SCHEDULES) + asked.training.epochs
+    return len(asked.config.problems) * of_problem
 
 
 def main() -> int:

@@ -285,7 +285,9 @@ def test_both_paths_are_shown_and_animated_on_one_plane(tmp_path):
 @pytest.mark.slow
 def test_every_sampler_is_trained_and_pays_for_all_its_gradients(tmp_path):
     run = smoke(samplers, tmp_path, "--epochs=6", "--num_seeds=2", "--sizes=64,5,10")
-    rows = {row["sampler"]: row for row in table(run / "training.csv")}
+    every = table(run / "training.csv")
+    assert [row["schedule"] for row in every] == 4 * list(_sampler_rounds.SCHEDULES)
+    rows = {row["sampler"]: row for row in every}
     assert list(rows) == list(_sampler_rounds.SAMPLERS)
     for name, steps in (("uniform", 120), ("stratified", 120), ("importance", 60), ("svrg", 40)):
         assert int(rows[name]["num_steps"]) == steps
@@ -296,6 +298,43 @@ def test_every_sampler_is_trained_and_pays_for_all_its_gradients(tmp_path):
     for name, passes in (("stratified", 1), ("importance", 2), ("svrg", 3)):
         worth = column(variance, "error_uniform") / column(variance, f"error_{name}") / passes
         np.testing.assert_allclose(column(variance, f"worth_{name}"), worth, rtol=1e-6)
+
+
+def test_a_learning_rate_at_the_edge_of_those_tried_is_not_reported():
+    costs = np.tile(np.arange(10.0)[:, None], (1, 7)) + 1
+    costs[3] = 0.5 + np.arange(7) / 100
+    worse = costs + 0.1
+    row = samplers.summarize(costs, 0.25, worse)
+    assert (row["learning_rate"], row["cost_median"], row["excess"]) == (0.1, 0.53, 0.28)
+    assert (row["cost_least"], row["cost_most"]) == (0.5, pytest.approx(0.56))
+    assert row["p_value"] == pytest.approx(2 / 2**7)  # all seven seeds are better
+    assert samplers.summarize(worse, None, worse)["p_value"] is None
+    assert samplers.summarize(costs[:, :5], None, worse[:, :5])["p_value"] is None
+    costs[0] = 0.1
+    edge = samplers.summarize(costs, 0.25, worse)
+    assert edge["learning_rate"] == 0.003
+    assert edge["cost_median"] is None
+    costs[0] = np.nan
+    assert samplers.best_rate(costs) == 3
+
+
+@pytest.mark.slow
+def test_the_rate_falls_and_the_second_half_is_averaged():
+    def fun(params, example):
+        return params[0] + 0 * example.inputs[0]  # a step subtracts η
+
+    def take_round(params, examples, key, rate):
+        return (params[0] - rate,)
+
+    examples = Examples(jnp.zeros((4, 1)), jnp.zeros(4, jnp.int32))
+    first = ((jnp.zeros(2),), jax.random.split(jax.random.key(0), 2))
+    rates = np.array(_sampler_rounds.RATES)
+    steady = _sampler_rounds.train(fun, take_round, examples, first, 4)
+    np.testing.assert_allclose(steady.costs[:, 0], -rates[:, None] * np.arange(5))
+    np.testing.assert_allclose(steady.averaged[:, 1], -3 * rates)  # rounds 2, 3 and 4
+    falling = _sampler_rounds.train(fun, take_round, examples, first, 4, is_decaying=True)
+    sums = np.array([0, 1, 1.75, 2.25, 2.5])
+    np.testing.assert_allclose(falling.costs[:, 1], -rates[:, None] * sums)
 
 
 def test_gradients_of_a_round_are_counted_one_by_one():
