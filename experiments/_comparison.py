@@ -318,7 +318,7 @@ def summarize(
     """Returns what a row of the table says of the errors of one scheme at one m.
 
     `cosine_of_means` is E⟨ĝ, G⟩/√(E‖ĝ‖² ‖G‖²) = 1/√(1 + E‖ĝ − G‖²/‖G‖²), exact for every unbiased
-    ĝ; `mean_cosine` is the mean of the cosines measured, which is only close to it. The cosine of
+    ĝ; `mean_cosine` is the mean of the cosines measured, another number. The cosine of
     an estimate that is zero, as a Poisson sample of nobody gives, counts as 0.
 
     Args:

@@ -25,6 +25,7 @@ times after epoch 30; before training GᵀHG < 0. Five minutes of CPU time.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -46,11 +47,12 @@ from sgd_jax.estimation.noise import curvature_noise_scale
 from sgd_jax.typing import Array, CostFn, Params
 
 _CHUNK_SIZE = 1000
+_PROBES = 0x70726F62  # sets the keys of probes apart from those of draws
 _SMOKE = {"num_steps": 20, "num_probes": 10}
 _COLORS = (style.PURPLE, style.BLUE, style.GREEN, style.ORANGE, style.INK)
 _KEPT = (
     *("epoch", "batch_size", "descent", "bend", "noise"),
-    *("predicted", "measured", "standard_error"),
+    *("predicted", "measured", "standard_error", "predicted_error", "z", "in_range"),
 )
 _TIMES = np.geomspace(0.01, 3, 9)  # learning rates of the last panel, over that of training
 
@@ -61,7 +63,7 @@ class Config:
 
     batch_sizes: tuple[int, ...] = (1, 10, 100)
     num_steps: int = 1000
-    num_probes: int = 200
+    num_probes: int = 400
 
     def __post_init__(self):
         """Raises ValueError at what is wrong whatever the data are."""
@@ -85,15 +87,16 @@ TABLE = _tabled.Table(
         Column("noise", "½η²f tr(HΣ)/m", "{:.3g}"),
         Column("predicted", "predicted", "{:.3g}"),
         Column("measured", "measured", "{:.3g}"),
-        Column("standard_error", "±", "{:.2g}"),
-        Column("best_of_sgd", "SGD/1,000", "{:.3g}"),
-        Column("best_of_full", "GD/1,000", "{:.3g}"),
+        Column("standard_error", "± of measured", "{:.2g}"),
+        Column("predicted_error", "± of predicted", "{:.2g}"),
+        Column("z", "z", "{:.1f}"),
+        Column("in_range", "small step", "{}"),
     ),
-    legend="Cosine, 1/√(1 + fB/m) with B = tr Σ/‖G‖², is exact for the ratio of means; mean cos "
-    "and measured, the change of the cost in a step with its standard error, are of the steps "
-    "taken. Predicted is the sum of the three terms before it. SGD/1,000 and GD/1,000: the descent "
-    "that 1,000 gradients of examples buy at the best learning rate of each, to second order: "
-    "½‖G‖⁴/(GᵀHG + f tr(HΣ)/m)/m, and the same with n and without noise.",
+    legend="Cosine, 1/√(1 + fB/m) with B = tr Σ/‖∇C‖², is a cosine of expectations, exact; mean "
+    "cos and measured, the change of the cost in a step with its standard error, are of the steps "
+    "taken. Predicted is the sum of the three terms before; its standard error is that of the "
+    "probes of tr(HΣ). z: measured less predicted, over both errors. Small step: no, if a term is "
+    "more than half the cost, which is out of reach of an expansion to second order.",
 )
 
 
@@ -109,6 +112,8 @@ class Point(NamedTuple):
     """GᵀHG."""
     noise: float
     """tr(HΣ), estimated by probes."""
+    noise_error: float
+    """The standard error of ``noise``."""
 
 
 class Steps(NamedTuple):
@@ -156,7 +161,8 @@ def run(asked: Asked[Config], show: _tabled.Show = show_nothing) -> Result:
         if epoch not in wanted:
             return
         params = jax.tree.map(lambda leaf: jnp.copy(leaf[0]), state.params)
-        point = look(fun, params, examples, epoch, jax.random.fold_in(key, epoch), config)
+        probes = jax.random.fold_in(jax.random.fold_in(key, _PROBES), epoch)
+        point = look(fun, params, examples, epoch, probes, config)
         for m in config.batch_sizes:
             draws = jax.random.fold_in(jax.random.fold_in(key, epoch), m)
             steps = take_steps(fun, point.params, examples, draws, rate, m, config.num_steps)
@@ -193,7 +199,7 @@ def look(
         epoch,
         params,
         *map(float, (moments.cost, moments.squared_norm, moments.trace)),
-        *map(float, (curved.curvature, curved.noise)),
+        *map(float, (curved.curvature, curved.noise, curved.noise_standard_error)),
     )
 
 
@@ -239,11 +245,10 @@ def _row(point: Point, steps: Steps, n: int, m: int, rate: float) -> _tabled.Row
     noise = f * point.noise / m
     terms = expected_change(rate, point.squared_norm, point.curvature, noise)
 
-    def best(curvature: float, num_gradients: int) -> float | None:
-        if curvature <= 0:  # to second order there is no best step
-            return None
-        return 1000 * point.squared_norm**2 / (2 * curvature) / num_gradients
-
+    predicted_error = rate**2 / 2 * f * point.noise_error / m
+    standard_error = steps.change.std(ddof=1) / len(steps.change) ** 0.5
+    error = math.hypot(predicted_error, standard_error)
+    is_small = max(map(abs, terms)) <= point.cost / 2
     return {
         "epoch": point.epoch,
         "batch_size": m,
@@ -257,9 +262,10 @@ def _row(point: Point, steps: Steps, n: int, m: int, rate: float) -> _tabled.Row
         "noise": terms[2],
         "predicted": sum(terms),
         "measured": steps.change.mean(),
-        "standard_error": steps.change.std(ddof=1) / len(steps.change) ** 0.5,
-        "best_of_sgd": best(point.curvature + noise, m),
-        "best_of_full": best(point.curvature, n),
+        "standard_error": standard_error,
+        "predicted_error": predicted_error,
+        "z": (steps.change.mean() - sum(terms)) / error if error else None,
+        "in_range": "yes" if is_small else "no",
     }
 
 
@@ -323,9 +329,10 @@ def draw(result: Result, rate: float, n: int, description: str) -> Figure:
 def _points(
     axis: Any, x: Any, rows: list[_tabled.Row], scale: float, color: str, label: str
 ) -> None:
-    """Draws changes measured, with 95 % bars."""
+    """Draws changes measured, with 95 % bars of their difference to the prediction."""
     y = scale * np.array([row["measured"] for row in rows])
-    bars = 1.96 * abs(scale) * np.array([row["standard_error"] for row in rows])
+    errors = np.array([[row["standard_error"], row["predicted_error"]] for row in rows])
+    bars = 1.96 * abs(scale) * np.hypot(*errors.T)
     axis.errorbar(x, y, bars, fmt="o", ms=4.5, lw=1, color=color, mfc="white", label=label)
 
 

@@ -92,6 +92,8 @@ class Paths(NamedTuple):
     """Of the points from the start, and of the two from each other: (3, K)."""
     share: float
     """Of the squared distances from the start, summed over both paths, the part on the plane."""
+    null: tuple[float, float]
+    """The same share of two random walks and of two straight lines: see `null_shares`."""
 
 
 class Slice(NamedTuple):
@@ -141,7 +143,9 @@ def run(asked: Asked[Config], show: _tabled.Show = show_nothing) -> Result:
             np.linalg.norm(walks[0] - walks[1], axis=1),
         ]
     )
-    paths = Paths(steps, points, costs, distances, share)
+    seed = np.random.default_rng(training.seed)
+    null = null_shares(steps, [walk[-1] - walks[0][0] for walk in walks], seed)
+    paths = Paths(steps, points, costs, distances, share, null)
     rows = []
     for k, step in enumerate(steps.tolist()):
         rows.append(
@@ -193,6 +197,29 @@ def principal_plane(displacements: list[np.ndarray]) -> tuple[np.ndarray, float]
     plane = directions[:2]
     signs = np.where(displacements[0][-1] @ plane.T < 0, -1, 1)
     return signs[:, None] * plane, float(np.sum(values[:2] ** 2) / np.sum(values**2))
+
+
+def null_shares(
+    steps: np.ndarray, ends: list[np.ndarray], random: np.random.Generator
+) -> tuple[float, float]:
+    """Returns the share on their principal plane of two paths that know of no landscape.
+
+    First of two independent random walks in p dimensions with steps of one length, looked at after
+    ``steps``; then of two straight lines at even speed to the ends of the real paths, which lie on
+    one plane wherever they end: 1. A plane through the start holds most of two paths by itself, so
+    a share has to be read beside these.
+
+    Args:
+      steps: Taken before each point, (K,), the first 0.
+      ends: Of the two paths, from their start, each (p,).
+      random: Decides the walks.
+
+    Source: Antognini and Sohl-Dickstein 2018 (arXiv 1806.08805) for the random walk.
+    """
+    gaps = np.sqrt(np.diff(steps, prepend=0))[:, None]
+    walks = [np.cumsum(gaps * random.normal(size=(len(steps), end.size)), axis=0) for end in ends]
+    lines = [np.outer(steps / steps[-1], end) for end in ends]
+    return principal_plane(walks)[1], principal_plane(lines)[1]
 
 
 def _walk(
@@ -263,7 +290,10 @@ def draw(result: Result, n: int, m: int, description: str) -> tuple[Figure, Call
     ticks = np.geomspace(cost.min(), cost.max(), 6)
     bar.set_ticks(ticks.tolist(), labels=[f"{tick:.2g}" for tick in ticks])
     plane.set_aspect("equal")
-    plane.set_title(f"plane with {paths.share:.1%} of the squared distance from the start")
+    plane.set_title(
+        f"plane with {paths.share:.1%} of the squared distance from the start\n"
+        f"(two random walks: {paths.null[0]:.0%}, two lines: {paths.null[1]:.0%})",
+    )
     plane.set_xlabel("first principal direction")
     plane.set_ylabel("second principal direction")
     plane.plot(*paths.points[0, 0], "k*", ms=12, label="start")
@@ -351,6 +381,8 @@ def find(asked: Asked[Config], show: _tabled.Show) -> _tabled.Answer:
     last = result.rows[-1]
     summary = {
         "share_of_squared_distance": result.paths.share,
+        "share_of_random_walks": result.paths.null[0],
+        "share_of_straight_lines": result.paths.null[1],
         "cost_sgd": last["cost_sgd"],
         "cost_gradient_descent": last["cost_full"],
         "gradients_sgd": last["gradients_sgd"],

@@ -105,11 +105,12 @@ TRAINED = _tabled.Table(
     ),
     heading="Training",
     stem="training",
-    legend="After so many gradients of examples: mean cost of all training examples, median, least "
-    "and most of the seeds; the median above the least cost there is, known for the convex problem. The "
-    "best η is that of the least median cost; at the edge of those tried nothing is reported. "
-    "Decaying: linearly to 0. Averaged: constant, at the mean of the params after the rounds of the "
-    "second half. p: Wilcoxon's signed-rank test over seeds against uniform draws of that schedule.",
+    legend="After so many gradients of examples: mean cost of all training examples, median, "
+    "least and most of the seeds; the median above the least cost there is, known for the convex "
+    "problem. The best η is that of the least median cost; at the edge of those tried nothing is "
+    "reported. Decaying: linearly to 0. Averaged: constant, at the mean of the params after the "
+    "rounds of the second half. p: Wilcoxon's signed-rank test over seeds against uniform draws "
+    "with the same schedule.",
 )
 VARIANCE = _tabled.Table(
     (
@@ -159,9 +160,7 @@ def run(asked: Asked[Config], show: _tabled.Show = show_nothing) -> Result:
             price = gradients_of_round(sampler, n, m)
             num_rounds = max(1, asked.training.epochs * n // price)
             take_round = make_round(sampler, problem.fun, labels, m, share)
-            go = functools.partial(
-                train, problem.fun, take_round, examples, first, num_rounds
-            )
+            go = functools.partial(train, problem.fun, take_round, examples, first, num_rounds)
             constant, decaying = go(), go(is_decaying=True)
             finals = (constant.costs[..., -1], decaying.costs[..., -1], constant.averaged)
             for schedule, final in zip(SCHEDULES, finals, strict=True):
@@ -203,11 +202,12 @@ def best_rate(final: np.ndarray) -> int:
 
 
 def summarize(final: np.ndarray, least: float | None, uniform: np.ndarray) -> _tabled.Row:
-    """Returns the cost at the best learning rate, its spread, and a paired test against uniform draws.
+    """Returns the cost at the best learning rate, its spread, and a test against uniform draws.
 
-    At the least or the largest rate tried the best one is not known: the costs are None. The test is
-    Wilcoxon's signed-rank test over seeds, two-sided, each sampler at its own best rate; None with less
-    than six seeds, which cannot reach 0.05, and of uniform draws themselves.
+    At the least or the largest rate tried the best one is not known: the costs are None. The test
+      is
+    Wilcoxon's signed-rank test over seeds, two-sided, each sampler at its own best rate; None with
+    less than six seeds, which cannot reach 0.05, and of uniform draws themselves.
 
     Args:
       final: Costs at the end, (num_rates, num_seeds).

@@ -153,6 +153,14 @@ def test_orders_of_an_epoch_are_what_they_are_called():
     assert min(replaced[0]) >= 0
 
 
+def test_orders_are_compared_seed_by_seed():
+    first = np.arange(7.0)
+    assert reshuffling.compare(first, first) == (None, None)
+    better, p = reshuffling.compare(first, first + 0.1 * np.arange(1, 8))
+    assert (better, p) == (7, pytest.approx(2 / 2**7))
+    assert reshuffling.compare(first[:3], first[:3] + 1) == (3, None)
+
+
 # directions
 
 
@@ -179,6 +187,8 @@ def test_the_change_of_a_quadratic_is_as_expected_over_every_mini_batch(regressi
     assert point.squared_norm == pytest.approx(mean @ mean)
     assert point.curvature == pytest.approx(mean @ hessian @ mean)
     assert point.noise == pytest.approx(np.trace(hessian @ sigma), rel=0.05)
+    assert abs(point.noise - np.trace(hessian @ sigma)) < 4 * point.noise_error
+    assert 0 < point.noise_error < 0.05 * point.noise
 
     def cost(w):
         return np.mean((x @ w - y) ** 2) / 2
@@ -214,6 +224,13 @@ def test_steps_are_measured_along_the_training(tmp_path):
     for row in rows + rates:
         terms = [float(row[name]) for name in ("descent", "bend", "noise")]
         assert float(row["predicted"]) == pytest.approx(sum(terms))
+        error = np.hypot(float(row["standard_error"]), float(row["predicted_error"]))
+        if error:
+            gap = float(row["measured"]) - float(row["predicted"])
+            assert float(row["z"]) == pytest.approx(gap / error, rel=1e-6)
+    for row in rows:
+        largest = max(abs(float(row[name])) for name in ("descent", "bend", "noise"))
+        assert (row["in_range"] == "yes") == (largest <= float(row["cost"]) / 2)
         if row["batch_size"] == str(N):
             assert terms[2] == 0
             assert float(row["standard_error"]) == pytest.approx(0, abs=1e-7)
@@ -243,6 +260,14 @@ def test_the_plane_holds_what_the_two_largest_directions_hold():
     assert share == pytest.approx(on_plane / sum(np.sum(part**2) for part in (first, second)))
     assert 0.999 < share < 1
     assert (first[-1] @ plane.T > 0).all()
+
+
+def test_a_plane_holds_most_of_two_paths_that_know_of_no_landscape():
+    steps = landscape.spaced_steps(2400, 60)
+    ends = list(np.random.default_rng(0).normal(size=(2, 2260)))
+    walks, lines = landscape.null_shares(steps, ends, np.random.default_rng(1))
+    assert lines == pytest.approx(1)
+    assert 0.6 < walks < 0.9
 
 
 @pytest.mark.slow

@@ -306,6 +306,8 @@ class CurvatureNoiseScale(NamedTuple):
     """tr(HΣ)."""
     curvature: Array
     """GᵀHG: the curvature along the mean gradient, times ‖G‖²."""
+    noise_standard_error: Array
+    """Of ``noise``, from the spread over probes; 0 where exact."""
 
 
 def curvature_noise_scale(
@@ -366,7 +368,7 @@ def curvature_noise_scale(
     else:
         noise, error = jnp.mean(probes), jnp.std(probes, ddof=1) / math.sqrt(num_probes)
     curved = jnp.where(curvature > 0, curvature, jnp.nan)
-    return CurvatureNoiseScale(noise / curved, error / curved, noise, curvature)
+    return CurvatureNoiseScale(noise / curved, error / curved, noise, curvature, error)
 
 
 def _unbiased(

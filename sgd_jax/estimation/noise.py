@@ -19,6 +19,7 @@ from sgd_jax.estimation._noise_tracking import (
     noise_of_shards,
     track_noise_scale,
 )
+from sgd_jax.estimation._preconditioned import preconditioned, scaling_of
 
 __all__ = [
     "CurvatureNoiseScale",
@@ -34,6 +35,8 @@ __all__ = [
     "noise_of_shards",
     "noise_scale",
     "noise_scale_of_steps",
+    "preconditioned",
+    "scaling_of",
     "track_noise_scale",
     "two_batch_noise_parts",
 ]
