@@ -396,3 +396,33 @@ def test_a_sum_that_overflows_is_told_apart():
 def test_under_a_trace_nothing_is_raised():
     moments = jax.jit(lambda x: gradient_moments(dot, W, x))(X * jnp.nan)
     assert np.isnan(moments.trace)
+
+
+@pytest.mark.parametrize("ratio", [1e4, 1e6, 1e8])
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_the_trace_is_right_to_a_thousandth_where_the_mean_is_ten_thousand_times_the_noise(
+    ratio, in_batches
+):
+    """In float32, of rows whose entries are exact; from sums of squares it is 5 to 500 % off."""
+    random = np.random.default_rng(0)
+    noise = random.normal(size=(500, 40))
+    mean = random.normal(size=40)
+    mean *= np.sqrt(ratio * np.mean(np.sum(noise**2, axis=1)) / np.sum(mean**2))
+    rows = np.asarray(noise + mean, np.float32)
+    exact = reference.moments(rows.astype(np.float64))
+    params = jnp.zeros(40, jnp.float32)
+    examples = iter([rows[:300], rows[300:]]) if in_batches else rows
+    fun = lambda w, x: jnp.dot(w, x)  # noqa: E731
+    found = gradient_moments(fun, params, examples, chunk_size=70, per_coordinate=True)
+    np.testing.assert_allclose(found.trace, exact[1], rtol=1e-3)
+    np.testing.assert_allclose(found.variance, exact[3], rtol=5e-3)
+    np.testing.assert_allclose(found.mean, exact[0], rtol=1e-6)
+    if ratio >= 1e6 and not in_batches:
+        rough = jax.jit(lambda w, x: gradient_moments(fun, w, x, chunk_size=70))(params, rows)
+        assert abs(float(rough.trace) / exact[1] - 1) > 1e-3  # traced: not taken again
+
+
+def test_examples_that_all_agree_have_a_trace_of_zero():
+    rows = np.full((10, 3), 0.1, np.float32)
+    found = gradient_moments(lambda w, x: jnp.dot(w, x), jnp.zeros(3, jnp.float32), rows)
+    assert 0 <= float(found.trace) < 1e-15

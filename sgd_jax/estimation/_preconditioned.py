@@ -88,8 +88,8 @@ def scaling_of(state: Any, params: Params, *, b2: float = 0.999, eps: float = 1e
     if unknown or len(scaling) > 1:
         names = ", ".join(unknown or [type(s).__name__ for s in scaling])
         raise ValueError(
-            f"the scaling of {names} is not known: expected the state of SGD, Adam or RMSProp, one of "
-            "them; for another optimizer give its scaling to preconditioned() yourself"
+            f"the scaling of {names} is not known: expected the state of one of SGD, Adam and "
+            "RMSProp; for another optimizer give its scaling to preconditioned() yourself"
         )
     if not scaling:
         return jax.tree.map(jnp.ones_like, params)

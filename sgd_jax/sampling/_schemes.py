@@ -6,7 +6,8 @@ the exact E‖ĝ − ∇C‖² of each. An order of an epoch is a matrix of indi
 
 Sizes are static, so each function runs under `jax.jit` and `jax.vmap` with a traced key. Arrays
 given as concrete values are checked; a traced array cannot be, and one that would make ĝ biased
-gives weights of NaN instead.
+gives weights of NaN instead. Two schemes that get the same key do not draw independently: with and
+without replacement share their last index in 99 % of draws. Give each a key of its own.
 
 With ``mesh=`` the same mini-batch is laid out over devices, cut along the mesh axis ``"data"``: the
 draw does not depend on the mesh, and where m is no multiple of the devices, entries of −1 and
