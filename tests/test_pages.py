@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import sgd_jax as sj
-from scripts import fenced_doctests
+from scripts import fenced_doctests, mathml
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -160,3 +160,16 @@ def test_the_site_shows_examples_of_docstrings_in_fences():
     docstring = "Doubles::\n\n    y = 2x\n\n>>> x = 3\n>>> 2 * x\n6\n\nSource: Euclid."
     shown = "Doubles:\n\n    y = 2x\n\n```pycon\n>>> x = 3\n>>> 2 * x\n6\n```\n\nSource: Euclid."
     assert fenced_doctests.fence(docstring) == shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_formula_of_a_page_is_read_as_a_cross_reference(page):
+    outside_code = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    assert re.findall(r"\[[^\]\n]*\] ?\[[^\]\n]+\]", outside_code) == []
+
+
+def test_a_block_of_math_becomes_mathml_and_loads_nothing():
+    html = mathml.to_mathml(r"\frac{1}{n}", "math", "math", {}, None)
+    assert "<mfrac>" in html
+    assert "<script" not in html
+    assert "src=" not in html
