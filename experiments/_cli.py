@@ -156,7 +156,7 @@ def help_text(doc: str, groups: HelpGroups, defaults: Mapping[str, Any] = {}) ->
 
     ``defaults`` are those of flags that have another one in this program.
     """
-    lines = [doc.strip()]
+    lines = [doc.strip().replace("python -m experiments.", "sgd-jax ")]
     for heading, holders in {**groups, "Machine": (_platform.PLATFORM,)}.items():
         lines += ["", f"{heading}:"]
         for holder in holders:
@@ -210,14 +210,27 @@ def use_all_cores() -> None:
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
 
+def _can_write(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
 def keep_compiled_programs() -> None:
     """Lets JAX keep what it compiles in a cache folder of the user, so the next start is quicker.
 
-    JAX_COMPILATION_CACHE_DIR names another folder; empty, it turns the cache off. All programs are
+    JAX_COMPILATION_CACHE_DIR names another folder; empty, it turns the cache off, and so does a
+    home that cannot be written to. All programs are
     kept, also those compiled quickly: a start has many of them.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "sgd_jax" / "compiled"))
+        folder = cache / "sgd_jax" / "compiled"
+        if not _can_write(folder):  # JAX would warn of each program
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

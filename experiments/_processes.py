@@ -16,7 +16,8 @@ _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
     "host:port of process 0, the same for all processes; or auto, alone, where SLURM, Kubernetes, "
-    "MPI or a TPU pod tells which there are. See docs/distributed.md.",
+    "MPI or a TPU pod tells which there are. Start the program once on each host, with the same "
+    "settings.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 _PROCESS_ID = flags.DEFINE_integer(
@@ -64,6 +65,8 @@ def initialize(groups: Mapping[str, Sequence[flags.FlagHolder]], program: str) -
     """
     if HEADING not in groups:
         return
+    if _COORDINATOR.value is not None:
+        _keep_stdout_for_python()
     processes.initialize(
         _COORDINATOR.value,
         _NUM_PROCESSES.value,
@@ -80,6 +83,14 @@ def initialize(groups: Mapping[str, Sequence[flags.FlagHolder]], program: str) -
     processes.check_same({"the program": program} | settings)
     if not processes.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+
+
+def _keep_stdout_for_python() -> None:
+    """Sends what libraries print to stderr: Gloo has a line for each connection."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors="replace")  # noqa: SIM115
 
 
 def make_mesh(given: dict[str, Any]) -> Mesh | None:

@@ -13,8 +13,7 @@ a run of `experiments.train`. Leaves table, figures and report in a run folder.
 Expected: measured over exact error is 1 to within a few of the standard errors beside it, and the
 error is zero to rounding at m = n unless drawn with replacement. Sizes, unless given: 1, 3, 10,
 30, … up to n. Second command: measured and exact agree (χ² of ten sizes 9.5), with standard errors
-of about 1 %; the table is in docs/results/compare_gradients_mnist.md. Its time goes into the
-largest m: 2,000 estimates are 2,000 m gradients of examples.
+of about 1 %. Its time goes into the largest m: 2,000 estimates are 2,000 m gradients of examples.
 """
 
 import dataclasses
