@@ -45,6 +45,16 @@ def finite_float(name: str, value: Any, *, low: float, low_allowed: bool, high: 
         raise ValueError(f"{name} must be a finite number in {opening}{low}, {high}), got {value}")
 
 
+def non_negative(name: str, value: Any) -> None:
+    """Raises unless a concrete ``value`` is a number of at least 0; infinity is allowed."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if np.ndim(value) or not np.issubdtype(np.result_type(value), np.number):
+        raise TypeError(f"{name} must be one number, got {value!r} of type {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"{name}={value}: expected a number of at least 0")
+
+
 def num_examples(examples: Examples) -> int:
     """Returns n, the length of the leading axis that all leaves of ``examples`` share.
 
@@ -78,7 +88,7 @@ def num_examples(examples: Examples) -> int:
 
 
 def floating_params(params: Params) -> None:
-    """Raises unless ``params`` has leaves and all of them are real floating-point arrays."""
+    """Raises unless ``params`` has leaves, all of them real or complex floating-point arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError("params holds no arrays; there is nothing to differentiate")
@@ -92,7 +102,7 @@ def floating_params(params: Params) -> None:
                 f"{name} is {leaf!r:.40}, not an array; expected floating-point arrays alone. "
                 f"{_split_of(params)}"
             ) from None
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
                 f"{name} has dtype {dtype}; expected floating point. {_split_of(params)}"
             )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sgd_jax import _validate
 from sgd_jax._chunks import vary_like
-from sgd_jax._tree import tree_dot
+from sgd_jax._typing import Array, Params, PyTree
 from sgd_jax.per_example import factors as F  # noqa: N812
 from sgd_jax.per_example.factors import Dense, Factor, Shared
-from sgd_jax.typing import Array, Params, PyTree
 
 
 class Rows:
@@ -34,14 +35,24 @@ class Rows:
         """Returns the gradient of the mean cost, 1/n Σ_i g_i; like params."""
         return jax.tree.map(lambda leaf: leaf / self.num_examples, self.sum())
 
-    def clipped_mean(self, max_norm: float | Array) -> Params:
-        """Returns 1/n Σ_i min(1, c/‖g_i‖) g_i with c = max_norm; like params.
+    def clipped_mean(self, max_norm: float | Array, weights: Array | None = None) -> Params:
+        """Returns Σ_i c_i min(1, r/‖g_i‖) g_i with r = max_norm; like params.
 
-        The norm is over all parameters together. A gradient of norm zero stays zero.
+        The norm is over all parameters together. A gradient of norm zero stays zero; one whose norm
+        is not a number makes the result not a number.
+
+        Args:
+          max_norm: r, at least 0.
+          weights: c, shape (n,); None is 1/n each. A padded example takes weight 0.
+
+        Raises:
+          ValueError: max_norm is negative or NaN; weights is not (n,).
         """
+        _validate.non_negative("max_norm", max_norm)
+        weights = self._checked_weights(weights)
+        weights = 1 / self.num_examples if weights is None else weights
         norms = jnp.sqrt(self.squared_norms())
-        clip = jnp.minimum(1, max_norm / jnp.where(norms > 0, norms, 1))
-        return self.sum(clip / self.num_examples)
+        return self.sum(weights * jnp.minimum(1, max_norm / jnp.where(norms == 0, 1, norms)))
 
     def _checked_weights(self, weights: Array | None) -> Array | None:
         if weights is None:
@@ -71,7 +82,8 @@ class Pulled:
 
     def pull_back(self, cotangents: Sequence[Array]) -> dict[int, Array]:
         """Cotangents of the leaves, by leaf."""
-        (leaves,) = self.pull(tuple(cotangents))
+        typed = (c.astype(dtype) for c, (_, dtype) in zip(cotangents, self.shapes, strict=True))
+        (leaves,) = self.pull(tuple(typed))
         return dict(zip(self.leaves, leaves, strict=True))
 
     def push_forward(self, direction: Sequence[Array]) -> tuple[Array, ...]:
@@ -80,7 +92,7 @@ class Pulled:
 
         def product(cotangents: tuple[Array, ...]) -> Array:
             pulled = self.pull_back(cotangents)
-            return tree_dot(list(pulled.values()), [direction[leaf] for leaf in pulled])
+            return sum(jnp.sum(p * direction[leaf]).real for leaf, p in pulled.items())
 
         return jax.grad(product)(zeros)
 
@@ -94,12 +106,12 @@ class Pulled:
         """The same gradients as factors of the parameters themselves."""
         result: dict[int, list[Factor]] = {leaf: [] for leaf in self.leaves}
         zeros = self._zeros()
-        full = [k for k, z in enumerate(zeros) if z.size != 1]
+        full = [k for k, z in enumerate(zeros) if z.size != 1 or jnp.iscomplexobj(z)]
         for k, zero in enumerate(zeros):
             if k in full:
                 continue
             ones = [jnp.ones_like(zero) if j == k else z for j, z in enumerate(zeros)]
-            coefficients = self.factors[k].materialize().reshape(-1)
+            coefficients = self.factors[k].materialize().reshape(-1)  # (n,)
             for leaf, basis in self.pull_back(ones).items():
                 result[leaf].append(Shared(coefficients.astype(basis.dtype), basis))
         if full:
@@ -144,47 +156,52 @@ class PerExampleGrads(Rows):
           ValueError: weights is not (n,).
         """
         weights = self._checked_weights(weights)
-        leaves = [
-            functools.reduce(
-                operator.add, (f.weighted_sum(weights) for f in factors), jnp.zeros(shape, dtype)
-            )
-            for factors, (shape, dtype) in zip(self.factors, self.shapes, strict=True)
-        ]
+        leaves = [_total(factors, weights) for factors in self.factors]
         if self.pulled is not None:
             sums = [f.weighted_sum(weights) for f in self.pulled.factors]
             for leaf, value in self.pulled.pull_back(sums).items():
-                leaves[leaf] = leaves[leaf] + value
+                known = leaves[leaf]
+                leaves[leaf] = value if known is None else known + value
         return self._like_params(leaves)
 
     def squared_norms(self, per_leaf: bool = False) -> PyTree:
         """Returns ‖g_i‖², shape (n,), over all parameters; exact also for shared parameters.
 
+        In float32 at least, and never negative. Of a complex gradient it is Σ |g|².
+
         Args:
           per_leaf: return a pytree like params instead, with the (n,) of each leaf.
         """
+        leaves = F.squared_norms(self._leaf_factors(), self.num_examples)
         leaves = [
-            F.squared_norms(factors) if factors else jnp.zeros(self.num_examples, dtype)
-            for factors, (_, dtype) in zip(self._leaf_factors(), self.shapes, strict=True)
+            leaf.astype(F.accumulator(dtype))
+            for leaf, (_, dtype) in zip(leaves, self.shapes, strict=True)
         ]
-        return self._like_params(leaves) if per_leaf else functools.reduce(operator.add, leaves)
+        if per_leaf:
+            return jax.tree.unflatten(self.treedef, leaves)
+        return functools.reduce(operator.add, leaves)
 
     def second_moment(self, weights: Array | None = None) -> Params:
-        """Returns 1/n Σ_i g_i², entry by entry, or Σ_i c_i g_i² with weights; like params.
+        """Returns 1/n Σ_i |g_i|², entry by entry, or Σ_i c_i |g_i|² with weights; like params.
 
-        One product where an example uses a parameter once; otherwise g_i is formed, some examples
-        at a time. The variance of each coordinate is this less the square of `mean`.
+        One product if an example uses a parameter once; otherwise g_i is formed, some examples at
+        a time. The variance of each coordinate is this less the square of `mean`. Real also for
+        complex parameters.
         """
         weights = self._checked_weights(weights)
         if weights is None:
             weights = jnp.full((self.num_examples,), 1 / self.num_examples)
         leaves = [
-            F.second_moment(factors, weights.astype(dtype)) if factors else jnp.zeros(shape, dtype)
-            for factors, (shape, dtype) in zip(self._leaf_factors(), self.shapes, strict=True)
+            F.second_moment(factors, weights.astype(F.accumulator(dtype))) if factors else None
+            for factors, (_, dtype) in zip(self._leaf_factors(), self.shapes, strict=True)
         ]
-        return self._like_params(leaves)
+        return self._like_params(leaves, real=True)
 
     def inner_products(self, direction: Params) -> Array:
-        """Returns ⟨g_i, v⟩, shape (n,): the derivative of each example's cost along v.
+        """Returns ⟨g_i, v⟩ = Re Σ ḡ_i v, shape (n,), in float32 at least.
+
+        For real parameters it is the derivative of each example's cost along v; for complex ones,
+        whose gradient in JAX is ∂C/∂x − i ∂C/∂y, the derivative along the conjugate of v.
 
         Args:
           direction: v, like params.
@@ -209,14 +226,15 @@ class PerExampleGrads(Rows):
             for f in factors
         ]
         if self.pulled is not None:
-            pushed = self.pulled.push_forward(leaves)
+            # The derivative of the values along v̄: their product with g is taken without conjugate.
+            pushed = self.pulled.push_forward([jnp.conj(leaf) for leaf in leaves])
             pairs = zip(self.pulled.factors, pushed, strict=True)
-            products += [f.inner_products(v) for f, v in pairs]
-        zeros = jnp.zeros(self.num_examples, self.shapes[0][1])
+            products += [f.inner_products(jnp.conj(v)) for f, v in pairs]
+        zeros = jnp.zeros(self.num_examples, self._accumulator())
         return functools.reduce(operator.add, products, zeros)
 
     def gram(self, other: "PerExampleGrads | None" = None) -> Array:
-        """Returns ⟨g_i, h_j⟩ for all pairs, (n, n'): the Gram matrix G Hᵀ.
+        """Returns ⟨g_i, h_j⟩ = Re Σ ḡ_i h_j for all pairs, (n, n'): the Gram matrix G Hᵀ.
 
         Args:
           other: H, the gradients of n' examples in the same parameters; None is G itself.
@@ -235,20 +253,36 @@ class PerExampleGrads(Rows):
             for mine, theirs in zip(self._leaf_factors(), other._leaf_factors(), strict=True)
             if mine and theirs
         ]
-        zeros = jnp.zeros((self.num_examples, other.num_examples), self.shapes[0][1])
+        zeros = jnp.zeros((self.num_examples, other.num_examples), self._accumulator())
         return functools.reduce(operator.add, products, zeros)
 
     def materialize(self) -> Params:
         """Returns the g_i themselves, leaves (n, *shape): n·p numbers, as ``vmap(grad)`` does."""
         leaves = [
-            functools.reduce(
-                operator.add,
-                (f.materialize() for f in factors),
-                jnp.zeros((self.num_examples, *shape), dtype),
-            )
-            for factors, (shape, dtype) in zip(self._leaf_factors(), self.shapes, strict=True)
+            functools.reduce(operator.add, (f.materialize() for f in factors)) if factors else None
+            for factors in self._leaf_factors()
         ]
-        return self._like_params(leaves)
+        return self._like_params(leaves, lead=(self.num_examples,))
+
+    def __repr__(self) -> str:
+        """One line: the size of G and of what is kept of it."""
+        kept = [*(f for factors in self.factors for f in factors)]
+        kept += [] if self.pulled is None else self.pulled.factors
+        arrays = [x for x in jax.tree.leaves(kept) if hasattr(x, "dtype")]
+        memory = sum(x.size * x.dtype.itemsize for x in arrays)
+        return (
+            f"PerExampleGrads: {self.num_examples:,} examples × {self.num_params:,} parameters, "
+            f"{len(kept)} factors, {format_bytes(memory)}"
+        )
+
+    @property
+    def num_params(self) -> int:
+        """p, the number of parameters."""
+        return sum(math.prod(shape) for shape, _ in self.shapes)
+
+    def __len__(self) -> int:
+        """n, the number of examples."""
+        return self.num_examples
 
     def _leaf_factors(self) -> list[list[Factor]]:
         """The factors of each leaf, with those that are pulled back among them."""
@@ -258,5 +292,31 @@ class PerExampleGrads(Rows):
                 factors[leaf].extend(more)
         return factors
 
-    def _like_params(self, leaves: Sequence[Array]) -> Params:
-        return jax.tree.unflatten(self.treedef, leaves)
+    def _accumulator(self) -> jnp.dtype:
+        """The dtype of norms and inner products."""
+        return functools.reduce(jnp.promote_types, (F.accumulator(d) for _, d in self.shapes))
+
+    def _like_params(
+        self, leaves: Sequence[Array | None], lead: tuple[int, ...] = (), real: bool = False
+    ) -> Params:
+        """Returns arrays as a pytree in the dtypes of params; None is zeros."""
+        cast = []
+        for leaf, (shape, dtype) in zip(leaves, self.shapes, strict=True):
+            dtype = jnp.finfo(dtype).dtype if real else dtype
+            zeros = leaf is None
+            cast.append(jnp.zeros((*lead, *shape), dtype) if zeros else leaf.astype(dtype))
+        return jax.tree.unflatten(self.treedef, cast)
+
+
+def _total(factors: Sequence[Factor], weights: Array | None) -> Array | None:
+    if not factors:
+        return None
+    return functools.reduce(operator.add, (f.weighted_sum(weights) for f in factors))
+
+
+def format_bytes(count: int) -> str:
+    """Returns a number of bytes as a person reads it."""
+    for unit, size in (("GB", 1 << 30), ("MB", 1 << 20), ("kB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

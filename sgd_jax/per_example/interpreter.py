@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal, Var
 
 from sgd_jax._chunks import vary_like
-from sgd_jax.per_example.sites import Origin
+from sgd_jax.per_example.sites import Origin, Rule
 
 Values: TypeAlias = dict[int, Any]
 """Something for each site, by its number."""
 
 
 class Env:
-    """What each variable of a jaxpr holds."""
+    """The values of a jaxpr's variables."""
 
     def __init__(self, variables: Iterable[Any] = (), values: Iterable[Any] = ()) -> None:
         self._values: dict[Any, Any] = {}
@@ -131,17 +131,15 @@ class Meeting(Step):
     outputs: list[Any]
     operand: Any
     others: list[Any]
-    """What the rule wants to see of the other operands."""
-    stacks_others: bool
-    """Whether they are the scalars of an index vector."""
+    """The operands beside it."""
+    rule: Rule
     site: int
 
     def run(self, env: Env, probes: Values, acts: Values) -> None:
-        """Evaluates the equation, adds the probe, keeps the other operand."""
-        outputs = self.call(*env.read(self.inputs))
-        env.write(self.outputs, [output + probes[self.site] for output in outputs])
-        others = env.read(self.others)
-        acts[self.site] = jnp.stack(others) if self.stacks_others else others[0]
+        """Evaluates the equation, adds the probe, keeps what the rule asks for."""
+        (output,) = self.call(*env.read(self.inputs))
+        env.write(self.outputs, [output + probes[self.site]])
+        acts[self.site] = self.rule.keep(env.read(self.others), output)
 
     def find(self, env: Env, found: Values) -> None:
         """Notes v."""
@@ -187,6 +185,8 @@ class Scan(Step):
     num_carry: int
     fixed_carry: frozenset[int]
     """Carried values that the body passes on unchanged."""
+    counters: dict[int, int]
+    """Carried integers that count the iterations: position → step."""
     lifted: dict[int, int]
     """Parameter-only initial carries: position → site."""
     sites: range
@@ -222,16 +222,23 @@ class Scan(Step):
         consts, carry, xs = self._split(env.read_known(self.inputs))
         for position, site in self.lifted.items():
             found[site] = carry[position]
+        order = jnp.arange(self.length)
+        order = order[::-1] if self.reverse else order
+        # What differs from iteration to iteration, by position among carried values and slices.
+        known = {self.num_carry + k: x for k, x in enumerate(xs) if x is not None}
         for position in range(self.num_carry):
+            if position in self.counters:
+                start = jnp.asarray(carry[position])
+                known[position] = start + order.astype(start.dtype) * self.counters[position]
             if position not in self.fixed_carry:
                 carry[position] = None
-
-        known = {k: x for k, x in enumerate(xs) if x is not None}
+        same = dict(enumerate(carry))
 
         def body(known: Mapping[int, Any]) -> Values:
             inner: Values = {}
-            slices = [known.get(k) for k in range(len(xs))]
-            self.program.values(self.consts, [*consts, *carry, *slices], inner)
+            both = {**same, **known}
+            rest = [both.get(k) for k in range(self.num_carry + len(xs))]
+            self.program.values(self.consts, [*consts, *rest], inner)
             return inner
 
         out_axes = {site: 0 if self.stacked[site] else None for site in self.sites}
@@ -252,36 +259,42 @@ class Cond(Step):
     consts: list[Sequence[Any]]
     inputs: list[Any]
     outputs: list[Any]
+    platforms: Sequence[Sequence[str] | None] | None
+    """The platforms that each branch is for, if the platform chooses and not an index."""
 
     def run(self, env: Env, probes: Values, acts: Values) -> None:
         """Runs the branch that is chosen; the sites of the others keep zeros."""
         index, *operands = env.read(self.inputs)
 
         def branch(k: int) -> Callable[..., Any]:
-            def run(operands: Any, probes: Values) -> tuple[list[Any], Values]:
-                return self.programs[k].run(self.consts[k], operands, probes)
-
-            return run
+            return lambda operands, probes: self.programs[k].run(self.consts[k], operands, probes)
 
         shapes = [jax.eval_shape(branch(k), operands, probes)[1] for k in range(len(self.programs))]
 
         def complete(k: int) -> Callable[..., Any]:
             def run(operands: Any, probes: Values) -> tuple[list[Any], Values]:
-                outputs, inner = branch(k)(operands, probes)
+                outputs, kept = branch(k)(operands, probes)
                 for other, shape in enumerate(shapes):
                     if other != k:
-                        zeros = jax.tree.map(
-                            lambda s: vary_like(s, jnp.zeros(s.shape, s.dtype)), shape
-                        )
-                        inner = {**inner, **zeros}
-                return [jnp.asarray(o) for o in outputs], inner
+                        kept = {**kept, **jax.tree.map(_zeros_of, shape)}
+                return [jnp.asarray(o) for o in outputs], kept
 
             return run
 
         branches = [complete(k) for k in range(len(self.programs))]
-        outputs, inner = jax.lax.switch(index, branches, operands, probes)
+        outputs, kept = self._choose(index, branches, operands, probes)
         env.write(self.outputs, outputs)
-        acts.update(inner)
+        acts.update(kept)
+
+    def _choose(self, index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+        if self.platforms is None:
+            return jax.lax.switch(index, branches, *operands)
+        default, by_platform = None, {}
+        for names, branch in zip(self.platforms, branches, strict=True):
+            if names is None:
+                default = branch
+            by_platform.update((name, branch) for name in names or ())
+        return jax.lax.platform_dependent(*operands, default=default, **by_platform)
 
     def find(self, env: Env, found: Values) -> None:
         """Runs the parameter-only part of every branch."""
@@ -295,8 +308,8 @@ class Linearized(Step):
     """A function with a derivative rule of its own, in whose tangent the sites are found.
 
     With y = f(w, x) and its rule ẏ = J(w, x) ẇ, linear in ẇ, the program is J: y is evaluated as
-    it stands, and J at ẇ = 0, which is zero, carries the probes. A custom_jvp states J; for a
-    custom_vjp, J is the transpose of its backward rule.
+    it stands, and J carries the probes. A custom_jvp states J; for a custom_vjp, J is the transpose
+    of its backward rule.
     """
 
     program: Program
@@ -308,23 +321,47 @@ class Linearized(Step):
     outputs: list[Any]
     differentiable: list[int]
     """The outputs that have tangents."""
+    sites: range
 
     def run(self, env: Env, probes: Values, acts: Values) -> None:
-        """Evaluates the function, and adds the probes through its tangent."""
+        """Evaluates the function, and adds J in the probes to its tangent.
+
+        J is not evaluated at ẇ = 0 for its value: 0 · ∞ would make the cost NaN where the function
+        itself is finite.
+        """
         inputs = env.read(self.inputs)
         zeros = [jnp.zeros_like(v) for v in env.read(self.tangents)]
-        tangents, inner = self.program.run(self.consts, [*inputs, *zeros], probes)
-        outputs = list(self.call(*inputs))
-        for position, tangent in zip(self.differentiable, tangents, strict=True):
-            outputs[position] = outputs[position] + tangent
-        env.write(self.outputs, outputs)
-        acts.update(inner)
+        own = {site: probes[site] for site in self.sites}
+
+        def tangents(inputs: Sequence[Any], own: Values) -> tuple[list[Any], Values]:
+            return self.program.run(self.consts, [*inputs, *zeros], own)
+
+        @jax.custom_jvp
+        def attach(outputs: list[Any], inputs: Sequence[Any], own: Values) -> list[Any]:
+            del inputs, own
+            return outputs
+
+        @attach.defjvp
+        def _(primals: Any, moved: Any) -> tuple[list[Any], list[Any]]:
+            (outputs, inputs, own), (result, _, own_moved) = primals, moved
+            _, added = jax.jvp(lambda own: tangents(inputs, own)[0], (own,), (own_moved,))
+            result = list(result)
+            for position, tangent in zip(self.differentiable, added, strict=True):
+                result[position] = result[position] + tangent
+            return outputs, result
+
+        env.write(self.outputs, attach(list(self.call(*inputs)), inputs, own))
+        acts.update(tangents(inputs, own)[1])
 
     def find(self, env: Env, found: Values) -> None:
         """Runs the parameter-only part of the tangent, with the parameters as tangents."""
         known = env.read_known(self.inputs)
         at = [None if v in self.tangents else x for v, x in zip(self.inputs, known, strict=True)]
         self.program.values(self.consts, [*at, *env.read(self.tangents)], found)
+
+
+def _zeros_of(shape: Any) -> Any:
+    return vary_like(shape, jnp.zeros(shape.shape, shape.dtype))
 
 
 def _write_known(env: Env, variables: Sequence[Any], values: Sequence[Any]) -> None:
