@@ -70,7 +70,7 @@ class Dense:
     def inner_products(self, direction: Array) -> Array:
         """Returns ⟨g_i, v⟩, (n,)."""
         axes = tuple(range(1, self.values.ndim))
-        products = jnp.conj(self.values) * direction.astype(self.values.dtype)
+        products = jnp.conj(self.values) * direction.astype(self.values.dtype)[None]
         return jnp.sum(products.real, axis=axes, dtype=accumulator(products.dtype))
 
     def second_moment(self, weights: Array) -> Array:
@@ -245,7 +245,8 @@ class Outer:
             return index, scatter(self.left, self.right)
         if t <= _SHORT:
             same = _same_rows(self.left, self.left)
-            is_first = ~jnp.any(same & jnp.tri(t, k=-1, dtype=bool), axis=-1)
+            earlier = jnp.tri(t, k=-1, dtype=bool)[None, None]
+            is_first = ~jnp.any(same & earlier, axis=-1)
             totals = einsum("nhts,nhsb->nhtb", same.astype(self.right.dtype), self.right)
             kept = is_first & (self.left >= 0)
             return jnp.where(kept, self.left, -1), jnp.where(kept[..., None], totals, 0)
@@ -302,10 +303,21 @@ class Outer:
         return jnp.sum((applied * self.right.astype(applied.dtype)).real, axis=-1)
 
     def _scaled(self, matrices: Array) -> Array:
-        return matrices if self.scale is None else matrices * self.scale.astype(matrices.dtype)
+        """Returns matrices (..., h, a, b) times the scale."""
+        if self.scale is None:
+            return matrices
+        scale = self.scale.astype(jnp.promote_types(matrices.dtype, _least(self.scale.dtype)))
+        return matrices * jnp.expand_dims(scale, range(matrices.ndim - 3))
 
 
 Factor: TypeAlias = Dense | Shared | Outer
+
+
+def _least(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the narrowest dtype that is complex if ``dtype`` is."""
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    return jnp.dtype(jnp.complex64 if is_complex else jnp.bfloat16)
+
 
 _SMALL = 1 << 16
 """A left operand of up to this many entries is transposed before it is multiplied."""
@@ -677,11 +689,11 @@ def _second_moment_in_chunks(factors: Sequence[Factor], weights: Array) -> Array
     def add(total: Array, step: Array) -> tuple[Array, None]:
         chunk = [f.select(lambda array: array[step]) for f in split_factors]
         values = functools.reduce(operator.add, (f.materialize() for f in chunk))
-        return total + Dense(values).second_moment(split_weights[step]), None
+        return total + Dense(values).second_moment(split_weights[step]).astype(dtype), None
 
     split_weights = split(weights)
-    like = jax.eval_shape(lambda f: f.materialize(), factors[0])
-    dtype = jnp.promote_types(accumulator(like.dtype), weights.dtype)
+    likes = [jax.eval_shape(lambda f: f.materialize(), factor) for factor in factors]
+    like, dtype = likes[0], accumulator(_common([*likes, weights]))
     zeros = vary_like((tuple(factors), weights), jnp.zeros(like.shape[1:], dtype))
     return jax.lax.scan(add, zeros, jnp.arange(steps))[0]
 

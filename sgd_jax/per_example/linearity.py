@@ -73,7 +73,7 @@ def transposable(pullback: Callable[..., Any], outputs: Any) -> Callable[..., An
     return transpose
 
 
-NOT_LINEAR = (NotImplementedError, AssertionError, TypeError, ValueError, KeyError)
+NOT_LINEAR = (NotImplementedError, AssertionError, TypeError, ValueError, KeyError, RuntimeError)
 """What JAX raises when it is asked to transpose what is not linear."""
 
 

@@ -525,6 +525,7 @@ def _times(factor: Factor, array: Array, varies: frozenset[int]) -> list[Factor]
 def _product(x: Array, scale: Array) -> Array:
     """Returns x times a scale in the precision of x, complex if the scale is."""
     dtype = jnp.promote_types(x.dtype, jnp.complex64) if jnp.iscomplexobj(scale) else x.dtype
+    scale = jnp.expand_dims(scale, range(x.ndim - scale.ndim))
     return x.astype(dtype) * scale.astype(dtype)
 
 
