@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from sgd_jax._chunks import chunks, vary_like
-from sgd_jax._typing import Array, Examples, Params, PyTree
 from sgd_jax.per_example.grads import PerExampleGrads, Rows
+from sgd_jax.typing import Array, Examples, Params, PyTree
 
 
 @jax.tree_util.register_dataclass

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 
 from sgd_jax import _validate
-from sgd_jax._typing import Examples, Params
 from sgd_jax.per_example.factors import Dense, Factor
 from sgd_jax.per_example.grads import format_bytes
 from sgd_jax.per_example.pullback import Landed
 from sgd_jax.per_example.rules import Lift
 from sgd_jax.per_example.sites import Site
 from sgd_jax.per_example.transform import Collected, collect, flat, leaf_names
+from sgd_jax.typing import Examples, Params
 
 
 def explain(fun: Callable[..., Any], params: Params, examples: Examples) -> str:

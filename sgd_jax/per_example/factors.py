@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from sgd_jax._chunks import vary_like
-from sgd_jax._typing import Array
 from sgd_jax.per_example.layout import Layout
+from sgd_jax.typing import Array
 
 _CHUNK_ENTRIES = 1 << 22
 """How many entries of g_i are materialized at a time, if they must be."""
@@ -361,13 +361,13 @@ def prefers_forming(factor: Factor) -> bool:
     """
     if not isinstance(factor, Outer) or factor.num_terms == 1:
         return False
-    h, a, b = factor.layout.sizes()
+    _, a, b = factor.layout.sizes()
     t = factor.num_terms
     if factor.is_indexed:
         return a <= t
     if t * (a + b) >= 2 * a * b:
         return True
-    if factor.layout.sizes() != factor.right.shape[1:2] + (a, b) or a * b > 4 * t * (a + b):
+    if a * b > 4 * t * (a + b):
         return False
     formed = a * b * (2 * t + 3 * NUMBER)
     gram = t * t * (2 * (a + b) + 2 * NUMBER)
@@ -541,7 +541,7 @@ def inner(x: Factor, y: Factor) -> Array:
 def _inner_by_pairs(x: Outer, y: Outer) -> Array:
     """Returns Σ_{t,s} (left_t ⊙ left'_s)ᵀ scale scale' (right_t ⊙ right'_s), two of one layout."""
     y = y.conjugated()
-    n, h, _, a = x.left.shape
+    n, h = x.left.shape[:2]
 
     def pair(u: Array, v: Array) -> Array:
         return (u[:, :, :, None] * v[:, :, None]).reshape(n, h, -1, u.shape[-1])

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from sgd_jax import _validate
 from sgd_jax._chunks import vary_like
-from sgd_jax._typing import Array, Params, PyTree
 from sgd_jax.per_example import factors as F  # noqa: N812
 from sgd_jax.per_example.factors import Dense, Factor, Shared
+from sgd_jax.typing import Array, Params, PyTree
 
 
 class Rows:

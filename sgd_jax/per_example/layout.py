@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from sgd_jax._typing import Array
+from sgd_jax.typing import Array
 
 
 class Axis(NamedTuple):
@@ -80,7 +80,7 @@ class Layout:
         layout, dims = aligned
         order = [a for d in permutation for a in dims[d]]
         shape = tuple(self.shape[d] for d in permutation)
-        return layout._reordered(shape, order)
+        return layout.reordered(shape, order)
 
     def windowed(self, shape: Sequence[int], starts: Sequence[int]) -> "Layout | None":
         """Returns the layout in an array of ``shape`` that holds this one from ``starts`` on.
@@ -131,7 +131,7 @@ class Layout:
             dims.append(tuple(dim))
         kept = [a for dim in dims for a in dim]
         place = {a: k for k, a in enumerate(kept)}
-        layout = layout._reordered(self.shape, kept)
+        layout = layout.reordered(self.shape, kept)
         return layout, tuple(tuple(place[a] for a in dim) for dim in dims)
 
     def is_disjoint(self, other: "Layout") -> bool:
@@ -180,7 +180,7 @@ class Layout:
         used = self.group + self.left + self.right
         return tuple(a for a in range(len(self.axes)) if a not in used) + used
 
-    def _reordered(self, shape: tuple[int, ...], order: Sequence[int]) -> "Layout":
+    def reordered(self, shape: tuple[int, ...], order: Sequence[int]) -> "Layout":
         """Returns the layout with axes in another order; those left out must have full size 1."""
         place = {a: k for k, a in enumerate(order)}
         parts = [tuple(place[a] for a in part if a in place) for part in self.parts()]
@@ -199,9 +199,7 @@ class Layout:
             return None
 
         def renumber(part: Sequence[int]) -> tuple[int, ...]:
-            return tuple(
-                b for a in part for b in ((a, a + 1) if a == axis else (a + (a > axis),))
-            )
+            return tuple(b for a in part for b in ((a, a + 1) if a == axis else (a + (a > axis),)))
 
         axes = (*self.axes[:axis], *pair, *self.axes[axis + 1 :])
         return Layout(self.shape, axes, *(renumber(part) for part in self.parts()))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
-from sgd_jax._typing import Array
+from sgd_jax.typing import Array
 
 
 class _Spread(NamedTuple):
@@ -109,8 +109,7 @@ def with_products(jaxpr: Jaxpr) -> Jaxpr:
         return [read(atom) for atom in jaxpr.outvars]
 
     shapes = [
-        [shape_of(v.aval) for v in variables]
-        for variables in (jaxpr.constvars, jaxpr.invars)
+        [shape_of(v.aval) for v in variables] for variables in (jaxpr.constvars, jaxpr.invars)
     ]
     closed = jax.make_jaxpr(evaluate)(*shapes)
     if closed.consts:

@@ -8,6 +8,7 @@ are pulled back by the VJP of the rest, after they have been summed or formed.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, Literal, Var, jaxpr_as_fun
 
-from sgd_jax._typing import Array
 from sgd_jax.per_example.factors import Dense, Factor, Outer, einsum
 from sgd_jax.per_example.layout import Axis, Layout
 from sgd_jax.per_example.linearity import open_jaxpr
 from sgd_jax.per_example.rules import complement
+from sgd_jax.typing import Array
 
 
 @dataclasses.dataclass(eq=False)
@@ -111,13 +112,9 @@ class Tape:
             slot.static = np.asarray(value)
         return slot
 
-    def _record(
-        self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Slot]
-    ) -> list[Slot]:
+    def _record(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Slot]) -> list[Slot]:
         known: dict[Any, Slot] = dict(zip(jaxpr.invars, inputs, strict=True))
-        known.update(
-            (v, self._constant(c)) for v, c in zip(jaxpr.constvars, consts, strict=True)
-        )
+        known.update((v, self._constant(c)) for v, c in zip(jaxpr.constvars, consts, strict=True))
 
         def read(atom: Any) -> Slot:
             return self._constant(atom.val) if isinstance(atom, Literal) else known[atom]
@@ -155,7 +152,7 @@ class Tape:
 
 def _is_small_integer(value: Any) -> bool:
     dtype = jnp.result_type(value)
-    is_integer = jnp.issubdtype(dtype, jnp.integer) or dtype == bool
+    is_integer = jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_
     return is_integer and np.size(value) <= 1 << 12
 
 
@@ -220,9 +217,7 @@ def _pull_through(
     return pulled
 
 
-def _materialized(
-    entry: Entry, output: Slot, position: int, factor: Factor
-) -> list[Factor] | None:
+def _materialized(entry: Entry, output: Slot, position: int, factor: Factor) -> list[Factor] | None:
     """Pulls materialized gradients back one by one, if that does not make them larger."""
     if not isinstance(factor, Dense) or output.value.size == 1 or entry.name in _GROWS:
         return None
@@ -245,18 +240,17 @@ _GROWS = frozenset(("custom_vjp_call", "custom_jvp_call", "while", "scan", "cond
 
 
 def _identity(entry: Entry, output: Slot, position: int, factor: Factor) -> list[Factor] | None:
-    """The operand at the place of the output, unchanged, cast or negated."""
-    if entry.inputs[position].value.shape != output.value.shape:
+    """The operand at the place of the output: unchanged, cast, negated or broadcast."""
+    if entry.name == "optimization_barrier" and entry.outputs[position] is not output:
+        return []
+    source = entry.inputs[position].value
+    if jnp.iscomplexobj(output.value) and not jnp.iscomplexobj(source):
+        factor = _real(factor)
+    elif jnp.iscomplexobj(source) and not jnp.iscomplexobj(output.value):
         return None
-    if entry.outputs.index(output) != min(position, len(entry.outputs) - 1):
-        return [] if entry.name == "optimization_barrier" else None
-    source = entry.inputs[position].value.dtype
-    if jnp.issubdtype(output.value.dtype, jnp.complexfloating) != jnp.issubdtype(
-        source, jnp.complexfloating
-    ):
-        return [_real(factor)] if not jnp.issubdtype(source, jnp.complexfloating) else None
-    negative = entry.name == "neg" or (entry.name == "sub" and position == 1)
-    return [scaled(factor, -1.0)] if negative else [factor]
+    if entry.name == "neg" or (entry.name == "sub" and position == 1):
+        factor = scaled(factor, -1.0)
+    return _unbroadcast(factor, output.value.shape, source.shape)
 
 
 def _real(factor: Factor) -> Factor:
@@ -264,9 +258,11 @@ def _real(factor: Factor) -> Factor:
     if not isinstance(factor, Outer):
         return Dense(factor.materialize().real)
     if factor.scale is not None or factor.is_indexed:
-        return dataclasses.replace(factor, right=factor.right.real) if (
-            factor.is_indexed and factor.scale is None
-        ) else Dense(factor.materialize().real)
+        return (
+            dataclasses.replace(factor, right=factor.right.real)
+            if (factor.is_indexed and factor.scale is None)
+            else Dense(factor.materialize().real)
+        )
     left = jnp.concatenate([factor.left.real, -factor.left.imag], axis=2)
     right = jnp.concatenate([factor.right.real, factor.right.imag], axis=2)
     return Outer(left, right, factor.layout)
@@ -302,11 +298,26 @@ def _transpose(entry: Entry, output: Slot, position: int) -> Callable[[Layout], 
 
 
 def _slice(entry: Entry, output: Slot, position: int) -> Callable[[Layout], Layout | None]:
-    strides = entry.params["strides"]
-    if strides is not None and any(s != 1 for s in strides):
-        return lambda layout: None
     shape, starts = entry.inputs[0].value.shape, entry.params["start_indices"]
-    return lambda layout: layout.windowed(shape, starts)
+    strides = entry.params["strides"] or (1,) * len(shape)
+    if any(full % stride for full, stride in zip(shape, strides, strict=True)):
+        return lambda layout: None
+    # Every entry of a stride is a window of one in an axis of its own.
+    opened = [
+        s for full, stride in zip(shape, strides, strict=True) for s in (full // stride, stride)
+    ]
+    single = [s for size in output.value.shape for s in (size, 1)]
+    offsets = [
+        s
+        for start, stride in zip(starts, strides, strict=True)
+        for s in (start // stride, start % stride)
+    ]
+
+    def change(layout: Layout) -> Layout | None:
+        windowed = layout.reshaped(single).windowed(opened, offsets)
+        return None if windowed is None else windowed.reshaped(shape)
+
+    return change
 
 
 def _split(entry: Entry, output: Slot, position: int) -> Callable[[Layout], Layout | None]:
@@ -403,9 +414,7 @@ def _on_axis(factor: Outer, axis: int, change: Callable[[Array, int], Array]) ->
         opened = array.reshape(*array.shape[:at], *sizes, *array.shape[at + 1 :])
         changed = change(opened, at + part.index(axis))
         shape = changed.shape[at : at + len(part)]
-        arrays[name] = changed.reshape(
-            *array.shape[:at], math.prod(shape), *array.shape[at + 1 :]
-        )
+        arrays[name] = changed.reshape(*array.shape[:at], math.prod(shape), *array.shape[at + 1 :])
     return dataclasses.replace(factor, **arrays)
 
 
@@ -474,25 +483,61 @@ def _pad(entry: Entry, output: Slot, position: int, factor: Factor) -> list[Fact
 
 def _elementwise(entry: Entry, output: Slot, position: int, factor: Factor) -> list[Factor] | None:
     """A function of entries: gradients times its derivative, entry by entry."""
-    values = [s.value for s in entry.inputs]
-    if values[position].shape != output.value.shape:
-        return None
-    if entry.name == "mul" and len(values) == 2:
+    values, shape = [s.value for s in entry.inputs], output.value.shape
+    if entry.name == "mul" or (entry.name == "div" and position == 0):
         other = entry.inputs[1 - position]
-        return _times(factor, jnp.broadcast_to(other.value, output.value.shape), other.varying())
-    if entry.name == "div" and position == 0:
-        other = entry.inputs[1]
-        derivative = jnp.broadcast_to(1 / other.value, output.value.shape)
-        return _times(factor, derivative, other.varying())
-    if any(jnp.iscomplexobj(v) for v in values):
+        derivative = other.value if entry.name == "mul" else 1 / other.value
+        varies = other.varying()
+    elif any(jnp.iscomplexobj(v) for v in values):
+        return None
+    else:
+
+        def function(moved: Array) -> Array:
+            return entry.apply(*(moved if k == position else v for k, v in enumerate(values)))[0]
+
+        source = values[position]
+        _, derivative = jax.jvp(function, (source,), (jnp.ones_like(source),))
+        varies = frozenset(range(len(shape)))
+    if jnp.shape(derivative) != shape:
+        derivative = jax.lax.broadcast_in_dim(
+            derivative, shape, range(len(shape) - jnp.ndim(derivative), len(shape))
+        )
+    times = _times(factor, derivative, varies)
+    if times is None:
+        return None
+    return _unbroadcast(times[0], shape, values[position].shape)
+
+
+def _custom(entry: Entry, output: Slot, position: int, factor: Factor) -> list[Factor] | None:
+    """A call with its own derivative rule, if its pullback acts entry by entry."""
+    source = entry.inputs[position].value
+    if len(entry.outputs) > 1 or source.shape != output.value.shape:
         return None
 
     def function(moved: Array) -> Array:
-        return entry.apply(*(moved if k == position else v for k, v in enumerate(values)))[0]
+        values = [moved if k == position else s.value for k, s in enumerate(entry.inputs)]
+        return entry.apply(*values)[0]
 
-    ones = jnp.ones_like(values[position])
-    _, derivative = jax.jvp(function, (values[position],), (ones,))
-    return _times(factor, derivative, frozenset(range(output.value.ndim)))
+    _, pull = jax.vjp(function, source)
+    like = output.value
+    pullback = jax.make_jaxpr(pull)(jax.ShapeDtypeStruct(like.shape, like.dtype)).jaxpr
+    if jnp.iscomplexobj(like) or not _acts_entry_by_entry(pullback, like.shape):
+        return None
+    (derivative,) = pull(jnp.ones_like(like))
+    return _times(factor, derivative, frozenset(range(like.ndim)))
+
+
+def _acts_entry_by_entry(jaxpr: Jaxpr, shape: tuple[int, ...]) -> bool:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("jit", "pjit"):
+            if not _acts_entry_by_entry(open_jaxpr(eqn.params["jaxpr"])[0], shape):
+                return False
+            continue
+        fills = eqn.primitive.name == "broadcast_in_dim" and eqn.invars[0].aval.shape == ()
+        known = eqn.primitive.name in _ELEMENTWISE | _IDENTITY | _COMPARISONS or fills
+        if not known or any(v.aval.shape not in ((), shape) for v in eqn.outvars):
+            return False
+    return True
 
 
 def _times(factor: Factor, array: Array, varies: frozenset[int]) -> list[Factor] | None:
@@ -535,58 +580,105 @@ def _broadcast(entry: Entry, output: Slot, position: int, factor: Factor) -> lis
     places = entry.params["broadcast_dimensions"]
     kept = {d for k, d in enumerate(places) if source.shape[k] == shape[d]}
     summed = [d for d in range(len(shape)) if d not in kept and shape[d] != 1]
-    if not isinstance(factor, Outer):
-        values = factor.materialize()
-        values = jnp.sum(values, axis=[1 + d for d in summed])
-        return [Dense(values.reshape(values.shape[0], *source.shape))]
-    if not summed:
-        return [dataclasses.replace(factor, layout=factor.layout.reshaped(source.shape))]
     return _summed(factor, summed, source.shape)
 
 
-def _summed(factor: Outer, dims: Sequence[int], shape: Sequence[int]) -> list[Factor] | None:
-    """A factor summed over dimensions that are the whole left part, the whole right, or both."""
+def _unbroadcast(
+    factor: Factor, shape: Sequence[int], source: Sequence[int]
+) -> list[Factor] | None:
+    """Sums over the dimensions along which an operand of shape ``source`` was repeated."""
+    lead = len(shape) - len(source)
+    summed = [d for d, s in enumerate(shape) if s != 1 and (d < lead or source[d - lead] == 1)]
+    return _summed(factor, summed, tuple(source)) if summed or lead else [factor]
+
+
+def _tile(entry: Entry, output: Slot, position: int, factor: Factor) -> list[Factor] | None:
+    """Sums over the repetitions."""
+    source, reps = entry.inputs[0].value.shape, entry.params["reps"]
+    shape = [size for pair in zip(reps, source, strict=True) for size in pair]
+    summed = [2 * d for d, r in enumerate(reps) if r != 1]
+    if isinstance(factor, Outer):
+        factor = dataclasses.replace(factor, layout=factor.layout.reshaped(shape))
+    else:
+        values = factor.materialize()
+        factor = Dense(values.reshape(values.shape[0], *shape))
+    return _summed(factor, summed, source)
+
+
+def _summed(factor: Factor, dims: Sequence[int], shape: Sequence[int]) -> list[Factor] | None:
+    """A factor summed over dimensions, as one of an array of ``shape``."""
+    if not isinstance(factor, Outer):
+        values = jnp.sum(factor.materialize(), axis=[1 + d for d in dims])
+        return [Dense(values.reshape(values.shape[0], *shape))]
+    if not dims:
+        return [dataclasses.replace(factor, layout=factor.layout.reshaped(shape))]
     aligned = factor.layout.aligned()
     if aligned is None or factor.is_indexed:
         return None
     layout, axes_of = aligned
-    gone = {a for d in dims for a in axes_of[d] if layout.axes[a].size > 1}
-    left, right = ({a for a in p if layout.axes[a].size > 1} for p in (layout.left, layout.right))
-    if gone != left and gone != right and gone != left | right:
-        return None
-    if left <= gone and not right <= gone:
-        swapped = _summed(
-            dataclasses.replace(factor, layout=layout).swapped(), dims, shape
+    factor = dataclasses.replace(factor, layout=layout)
+    summed = [a for d in dims for a in axes_of[d]]
+    gone = {a for a in summed if layout.axes[a].size > 1}
+    if factor.scale is not None:
+        unscaled = _without_scale(factor, gone)
+        if unscaled is None:
+            return None
+        factor = unscaled
+    for axis in sorted(gone):
+        if axis in layout.group:
+            factor = _group_to_terms(factor, axis)
+        else:
+            factor = _on_axis(factor, axis, lambda x, at: jnp.sum(x, axis=at, keepdims=True))
+        axes = list(factor.layout.axes)
+        axes[axis] = Axis(1, 0, 1)
+        factor = dataclasses.replace(
+            factor, layout=dataclasses.replace(factor.layout, axes=tuple(axes))
         )
-        return swapped
-    # The right part is summed, and perhaps the left: g = Σ_t left_t ⊙ (scale right_t).
-    if factor.scale is None:
-        columns = jnp.sum(factor.right, axis=-1, keepdims=True)  # (n, h, t, 1)
-        rows = jnp.sum(factor.left * columns.astype(factor.left.dtype), axis=2)  # (n, h, a)
-    else:
-        applied = einsum("hab,nhtb->nhta", factor.scale, factor.right)
-        rows = jnp.sum(factor.left * applied.astype(factor.left.dtype), axis=2)
-    if left and left <= gone:
-        rows = jnp.sum(rows, axis=-1, keepdims=True)
-    # Written into an array without the summed dimensions.
-    summed = {a for d in dims for a in axes_of[d]}
     kept = [a for a in range(len(layout.axes)) if a not in summed]
-    order = [d for d in range(len(layout.shape)) if d not in dims]
-    small = dataclasses.replace(layout, right=()) if right <= gone else layout
-    small = dataclasses.replace(small, left=()) if left and left <= gone else small
-    place = {a: k for k, a in enumerate(kept)}
-    parts = [tuple(place[a] for a in part if a in place) for part in small.parts()]
-    axes = tuple(layout.axes[a] for a in kept)
-    small = Layout(tuple(layout.shape[d] for d in order), axes, *parts)
-    values = small.to_array(rows[..., None])
-    return [Dense(values.reshape(values.shape[0], *shape))]
+    factor = dataclasses.replace(factor, layout=factor.layout.reordered(tuple(shape), kept))
+    _, a, b = factor.layout.sizes()
+    return [Dense(factor.materialize()) if min(a, b) == 1 else factor]
+
+
+def _without_scale(factor: Outer, gone: set[int]) -> Outer | None:
+    """The sum over one whole side of a scaled factor, spread over that side: no scale is left.
+
+    Σ_k scale_jk left_j right_k = left_j (scale right)_j.
+    """
+    layout, scale = factor.layout, factor.scale
+    left, right = ({a for a in p if layout.axes[a].size > 1} for p in (layout.left, layout.right))
+    if right <= gone:
+        applied = einsum("hab,nhtb->nhta", scale, factor.right).astype(factor.left.dtype)
+        ones = jnp.ones_like(factor.right) / factor.right.shape[-1]
+        return Outer(factor.left * applied, ones, layout)
+    if left <= gone:
+        swapped = _without_scale(factor.swapped(), gone)
+        return None if swapped is None else swapped.swapped()
+    return None
+
+
+def _group_to_terms(factor: Outer, axis: int) -> Outer:
+    """The same sum with an axis of the group, which is summed over, among the terms."""
+    group = factor.layout.group
+    sizes = factor.layout.part_shape(group)
+    at = group.index(axis)
+
+    def move(x: Array) -> Array:
+        opened = x.reshape(x.shape[0], *sizes, *x.shape[2:])
+        moved = jnp.moveaxis(opened, 1 + at, len(group))  # before the terms
+        rest = math.prod(sizes) // sizes[at]
+        return moved.reshape(x.shape[0], rest, sizes[at] * x.shape[2], x.shape[3])
+
+    return Outer(move(factor.left), move(factor.right), factor.layout)
 
 
 def _reduce_sum(entry: Entry, output: Slot, position: int, factor: Factor) -> list[Factor] | None:
     """Gradients of a sum: the same for every entry that was summed, as an outer product of ones."""
+    source, axes = entry.inputs[0].value, tuple(entry.params["axes"])
+    if all(source.shape[d] == 1 for d in axes):
+        return _summed(factor, (), source.shape)
     if not isinstance(factor, Dense):
         return None
-    source, axes = entry.inputs[0].value, tuple(entry.params["axes"])
     rest = complement(source.ndim, axes)
     if output.value.size == 1:
         return None  # one number an example: pulled back, it stays one number
@@ -596,60 +688,123 @@ def _reduce_sum(entry: Entry, output: Slot, position: int, factor: Factor) -> li
     return [Outer(left, ones, Layout.of(source.shape, (), rest, axes))]
 
 
-def _dot(entry: Entry, output: Slot, position: int, factor: Factor) -> list[Factor] | None:
-    """A product of two computed matrices: one side of the factor is multiplied by the other one."""
-    contract, batch = entry.params["dimension_numbers"]
-    if batch[0] or not isinstance(factor, Outer) or factor.scale is not None:
+def _cumsum(entry: Entry, output: Slot, position: int, factor: Factor) -> list[Factor] | None:
+    """A running sum along a whole axis of one side: the running sum from its other end."""
+    if not isinstance(factor, Outer) or factor.is_indexed or factor.scale is not None:
         return None
     aligned = factor.layout.aligned()
-    if aligned is None or factor.is_indexed:
+    if aligned is None or len(aligned[1][entry.params["axis"]]) != 1:
         return None
     layout, axes_of = aligned
-    if any(layout.axes[a].size > 1 for a in layout.group):
+    (axis,) = axes_of[entry.params["axis"]]
+    if layout.axes[axis].size != layout.axes[axis].full or axis in layout.group:
         return None
+    reverse = not entry.params["reverse"]
+    factor = dataclasses.replace(factor, layout=layout)
+    return [_on_axis(factor, axis, lambda x, at: jax.lax.cumsum(x, at, reverse=reverse))]
+
+
+def _dot(entry: Entry, output: Slot, position: int, factor: Factor) -> list[Factor] | None:
+    """A product of two computed matrices: one side of the factor is multiplied by the other one.
+
+    With v = A B, g_A = g_v Bᵀ and g_B = Aᵀ g_v, batch by batch.
+    """
+    contract, batch = entry.params["dimension_numbers"]
+    if not isinstance(factor, Outer) or factor.is_indexed or factor.scale is not None:
+        return None
+    aligned = factor.layout.aligned()
+    if aligned is None:
+        return None
+    layout, axes_of = aligned
     mine, theirs = entry.inputs[position].value, entry.inputs[1 - position].value
-    free = complement(mine.ndim, contract[position])
-    other_free = complement(theirs.ndim, contract[1 - position])
-    first = len(free) if position == 0 else len(other_free)
-    sides = [
-        [a for d in dims for a in axes_of[d]]
-        for dims in (range(first), range(first, output.value.ndim))
+    my_batch, my_contract = batch[position], contract[position]
+    their_batch, their_contract = batch[1 - position], contract[1 - position]
+    free = complement(mine.ndim, (*my_batch, *my_contract))
+    other_free = complement(theirs.ndim, (*their_batch, *their_contract))
+    counts = [len(my_batch), len(free if position == 0 else other_free)]
+    ends = [0, counts[0], sum(counts), output.value.ndim]
+    parts = [
+        [a for d in range(start, end) for a in axes_of[d]]
+        for start, end in itertools.pairwise(ends)
     ]
-    my_axes, their_axes = sides if position == 0 else sides[::-1]
-    if any(layout.axes[a] != Axis(layout.axes[a].full, 0, layout.axes[a].full) for a in their_axes):
-        return None
+    group, my_axes, their_axes = parts if position == 0 else (parts[0], parts[2], parts[1])
+    factor = dataclasses.replace(factor, layout=layout)
     if set(layout.right) != set(their_axes):
-        layout = layout.swapped()
-        factor = dataclasses.replace(factor, layout=factor.layout).swapped()
-    if list(layout.right) != their_axes or list(layout.left) != my_axes:
+        factor, layout = factor.swapped(), layout.swapped()
+    if [*map(list, layout.parts())] != [group, my_axes, their_axes]:
         return None
-    # v = A B: g_A = g_v Bᵀ, so the side of B's free dimensions is multiplied by B.
-    matrix = theirs.transpose(*other_free, *contract[1 - position]).reshape(
-        math.prod(theirs.shape[d] for d in other_free), -1
-    )
-    right = einsum("nhtb,bk->nhtk", factor.right, matrix).astype(factor.right.dtype)
-    rows = [layout.axes[a] for a in my_axes]
-    shape = [*(mine.shape[d] for d in free), *(mine.shape[d] for d in contract[position])]
-    columns = [Axis(mine.shape[d], 0, mine.shape[d]) for d in contract[position]]
-    axes = (*rows, *columns)
-    left_part = tuple(range(len(rows)))
-    right_part = tuple(range(len(rows), len(axes)))
-    pulled = Layout(tuple(shape), axes, (), left_part, right_part)
-    permutation = [*free, *contract[position]]
-    inverse = [permutation.index(d) for d in range(mine.ndim)]
-    place = pulled.transposed(inverse)
+    if any(layout.axes[a].size != layout.axes[a].full for a in (*group, *their_axes)):
+        return None
+
+    def size(dims: Sequence[int]) -> int:
+        return math.prod(theirs.shape[d] for d in dims)
+
+    matrix = theirs.transpose(*their_batch, *other_free, *their_contract)
+    matrix = matrix.reshape(size(their_batch), size(other_free), size(their_contract))
+    right = einsum("nhtb,hbk->nhtk", factor.right, matrix).astype(factor.dtype)
+    order = [*my_batch, *free, *my_contract]
+    axes = [layout.axes[a] for a in (*group, *my_axes)]
+    axes += [Axis(mine.shape[d], 0, mine.shape[d]) for d in my_contract]
+    ends = [0, len(group), len(group) + len(my_axes), len(axes)]
+    spans = (tuple(range(*pair)) for pair in itertools.pairwise(ends))
+    pulled = Layout(tuple(mine.shape[d] for d in order), tuple(axes), *spans)
+    place = pulled.transposed([order.index(d) for d in range(mine.ndim)])
     return None if place is None else [Outer(factor.left, right, place)]
 
 
 _IDENTITY = frozenset(
-    ("convert_element_type", "copy", "copy_p", "neg", "add", "add_any", "sub", "name")
-    + ("reduce_precision", "optimization_barrier", "sharding_constraint")
+    [
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "neg",
+        "add",
+        "add_any",
+        "sub",
+        "name",
+        "reduce_precision",
+        "optimization_barrier",
+        "sharding_constraint",
+    ]
 )
 _ELEMENTWISE = frozenset(
-    ("mul", "div", "pow", "integer_pow", "max", "min", "select_n", "exp", "exp2", "log", "log1p")
-    + ("expm1", "tanh", "logistic", "sqrt", "rsqrt", "cbrt", "sin", "cos", "tan", "abs", "square")
-    + ("erf", "erfc", "clamp", "asinh", "acosh", "atanh", "sinh", "cosh", "atan", "rem", "sign")
+    [
+        "mul",
+        "div",
+        "pow",
+        "integer_pow",
+        "max",
+        "min",
+        "select_n",
+        "exp",
+        "exp2",
+        "log",
+        "log1p",
+        "expm1",
+        "tanh",
+        "logistic",
+        "sqrt",
+        "rsqrt",
+        "cbrt",
+        "sin",
+        "cos",
+        "tan",
+        "abs",
+        "square",
+        "erf",
+        "erfc",
+        "clamp",
+        "asinh",
+        "acosh",
+        "atanh",
+        "sinh",
+        "cosh",
+        "atan",
+        "rem",
+        "sign",
+    ]
 )
+_COMPARISONS = frozenset(("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "is_finite"))
 
 _RULES: dict[str, _Pull] = {
     **dict.fromkeys(_IDENTITY, _identity),
@@ -662,6 +817,10 @@ _RULES: dict[str, _Pull] = {
     "gather": _gather,
     "rev": _reverse,
     "concatenate": _concatenate,
+    "tile": _tile,
+    "cumsum": _cumsum,
+    "custom_jvp_call": _custom,
+    "custom_vjp_call": _custom,
     "pad": _pad,
     "broadcast_in_dim": _broadcast,
     "reduce_sum": _reduce_sum,

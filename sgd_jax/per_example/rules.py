@@ -5,7 +5,6 @@ A rule has three methods: `of` reads an equation, `keep` says what to keep of on
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
-from sgd_jax._typing import Array
 from sgd_jax.per_example.factors import Dense, Factor, Outer
 from sgd_jax.per_example.layout import Layout
 from sgd_jax.per_example.sites import Rule, Site
+from sgd_jax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,5 +446,3 @@ def _windows_along(
         for o in range(k)
     ]
     return jnp.stack(slices, axis=new_axis)
-
-

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from sgd_jax._typing import Array
 from sgd_jax.per_example.factors import Factor
 from sgd_jax.per_example.layout import Layout
+from sgd_jax.typing import Array
 
 
 class Kind(enum.Enum):

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from sgd_jax import _validate
 from sgd_jax._chunks import vary_like
-from sgd_jax._typing import Array, Example, Examples, Params, Strategy
 from sgd_jax.per_example import factors as F  # noqa: N812
 from sgd_jax.per_example.chunked import ChunkedPerExampleGrads
 from sgd_jax.per_example.factors import Dense, Factor, Outer
@@ -21,6 +20,7 @@ from sgd_jax.per_example.pullback import Landed, Tape
 from sgd_jax.per_example.rules import Lift
 from sgd_jax.per_example.sites import Kind, Origin, Site
 from sgd_jax.per_example.tracing import EXAMPLE, plan
+from sgd_jax.typing import Array, Example, Examples, Params, Strategy
 
 
 def per_example_grad(
@@ -156,9 +156,11 @@ class Collected:
         With ``forms``, g_i is materialized if that costs less, see `factors.prefers_forming`.
         """
         delta, act = self.deltas[site], self.acts[site]
-        shape = jax.eval_shape(functools.partial(self._pulled, site), delta, act) if (
-            self.trace.sites[site].rule.expands
-        ) else None
+        shape = (
+            jax.eval_shape(functools.partial(self._pulled, site), delta, act)
+            if (self.trace.sites[site].rule.expands)
+            else None
+        )
         if forms and shape is not None and _any_prefers_forming(shape):
             # Formed in a loop over a few groups of examples: their patches then need not exist all
             # at once.
@@ -178,9 +180,7 @@ class Collected:
         made = self.trace.sites[site].rule.factor(self.trace.sites[site], delta, act, slot.value)
         return _canonical(self.tape.pull(slot, made))
 
-    def factors(
-        self, forms: bool
-    ) -> tuple[tuple[tuple[Factor, ...], ...], Pulled | None]:
+    def factors(self, forms: bool) -> tuple[tuple[tuple[Factor, ...], ...], Pulled | None]:
         """Returns the factors of every parameter, and those that stopped before."""
         factors: list[list[Factor]] = [[] for _ in self.tape.inputs]
         stopped: list[tuple[int, Factor]] = []
@@ -237,9 +237,7 @@ def trace_example(
     return trace, jax.tree.structure(aux)
 
 
-def collect(
-    function: Callable[..., Any], leaves: Sequence[Array], examples: Examples
-) -> Collected:
+def collect(function: Callable[..., Any], leaves: Sequence[Array], examples: Examples) -> Collected:
     """Runs one backward pass: the cost, δ and the other operand at every site, of every example."""
     traces = []
 
@@ -314,9 +312,7 @@ def _wrap(formed: Landed) -> Landed:
 
 
 def _form_if_cheaper(landed: Landed) -> Landed:
-    return _map_factors(
-        landed, lambda f: Dense(f.materialize()) if F.prefers_forming(f) else f
-    )
+    return _map_factors(landed, lambda f: Dense(f.materialize()) if F.prefers_forming(f) else f)
 
 
 def _join_dense(factors: Sequence[Factor]) -> tuple[Factor, ...]:
@@ -350,14 +346,20 @@ def missing_factor(collected: Collected, number: int) -> str:
     site = collected.trace.sites[number]
     if site.fallback:
         return "has no rule" if site.fallback == "no rule" else f"has no rule ({site.fallback})"
+    size = sum(collected.tape.inputs[leaf].value.size for leaf in site.origin.leaves)
+    if size <= _LARGE:
+        return ""
     landed = jax.eval_shape(lambda: collected.land(number, forms=False))
     if any(not isinstance(f, Dense) for found in landed.stopped.values() for f in found):
         return "is pulled back from a computed value"
-    is_matrix = sum(size > 1 for size in site.value_shape()) > 1
-    multiplies = site.primitive not in ("add", "add_any", "sub", "concatenate", "output")
-    if isinstance(site.rule, Lift) and is_matrix and multiplies:
+    is_matrix = sum(length > 1 for length in site.value.shape) > 1
+    if isinstance(site.rule, Lift) and is_matrix:
         return "is no product"
     return ""
+
+
+_LARGE = 1 << 12
+"""Materialized gradients of parameters of up to this many entries are nothing to refuse."""
 
 
 def leaf_names(params: Params) -> list[str]:
