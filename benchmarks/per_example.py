@@ -13,8 +13,8 @@ import sgd_jax as sj
 from benchmarks import problems
 from benchmarks.harness import Contender, Prepared, Suite, as_array
 from benchmarks.problems import Problem
-from sgd_jax.per_example.factors import Outer, inner_by_gram, prefers_gram
-from sgd_jax.per_example.views import Layout, View
+from sgd_jax.per_example.factors import Outer, inner_by_gram
+from sgd_jax.per_example.layout import Layout
 
 MEAN, NORMS, SECOND = "mean", "norms + mean", "second moment + mean"
 CLIPPED, GRAM = "clipped mean", "Gram matrix"
@@ -236,7 +236,7 @@ def routes_suite(
       n: examples.
       lengths: T, positions in each example.
     """
-    layout = Layout.of(View.whole(0, (a, b)), (a, b), left=(0,), right=(1,))
+    layout = Layout.of((a, b), left=(0,), right=(1,))
 
     def by_gram(left: jax.Array, right: jax.Array) -> Answer:
         factor = Outer(left, right, layout)
@@ -253,7 +253,8 @@ def routes_suite(
         right = jax.random.normal(keys[1], (n, 1, length, b), jnp.float32)
         question = f"T = {length}"
         routes = {"outer-product route": by_forming, "Gram route": by_gram}
-        chosen = "Gram route" if prefers_gram(Outer(left, right, layout)) else "outer-product route"
+        by_cost = Outer(left, right, layout).norm_route()
+        chosen = "Gram route" if by_cost == "gram" else "outer-product route"
         names = {route: route + ", chosen" * (route == chosen) for route in routes}
         baseline = (names["outer-product route"], question)
         for route, function in routes.items():

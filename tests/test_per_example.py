@@ -82,35 +82,37 @@ CLAIMS = {
     ),
     "squared norms": (
         lambda grads, other, v, c, r: grads.squared_norms(),
-        lambda G, H, v, c, r: np.sum(rows(G) ** 2, axis=1),
+        lambda G, H, v, c, r: np.sum(np.abs(rows(G)) ** 2, axis=1),
     ),
     "squared norms per leaf": (
         lambda grads, other, v, c, r: grads.squared_norms(per_leaf=True),
-        lambda G, H, v, c, r: jax.tree.map(lambda leaf: np.sum(rows(leaf) ** 2, axis=1), G),
+        lambda G, H, v, c, r: jax.tree.map(lambda leaf: np.sum(np.abs(rows(leaf)) ** 2, axis=1), G),
     ),
     "second moment": (
         lambda grads, other, v, c, r: grads.second_moment(),
-        lambda G, H, v, c, r: jax.tree.map(lambda leaf: np.mean(leaf**2, axis=0), G),
+        lambda G, H, v, c, r: jax.tree.map(lambda leaf: np.mean(np.abs(leaf) ** 2, axis=0), G),
     ),
     "weighted second moment": (
         lambda grads, other, v, c, r: grads.second_moment(c),
-        lambda G, H, v, c, r: contract(c, jax.tree.map(np.square, G)),
+        lambda G, H, v, c, r: contract(c, jax.tree.map(squares, G)),
     ),
     "masked second moment": (
         lambda grads, other, v, c, r: grads.second_moment(mask_of(len(c))),
-        lambda G, H, v, c, r: contract(np.asarray(mask_of(len(c))), jax.tree.map(np.square, G)),
+        lambda G, H, v, c, r: contract(np.asarray(mask_of(len(c))), jax.tree.map(squares, G)),
     ),
     "inner products": (
         lambda grads, other, v, c, r: grads.inner_products(v),
-        lambda G, H, v, c, r: rows(G) @ rows(jax.tree.map(lambda leaf: leaf[None], v))[0],
+        lambda G, H, v, c, r: (
+            (np.conj(rows(G)) @ rows(jax.tree.map(lambda leaf: leaf[None], v))[0]).real
+        ),
     ),
     "gram": (
         lambda grads, other, v, c, r: grads.gram(),
-        lambda G, H, v, c, r: rows(G) @ rows(G).T,
+        lambda G, H, v, c, r: (np.conj(rows(G)) @ rows(G).T).real,
     ),
     "gram with others": (
         lambda grads, other, v, c, r: grads.gram(other),
-        lambda G, H, v, c, r: rows(G) @ rows(H).T,
+        lambda G, H, v, c, r: (np.conj(rows(G)) @ rows(H).T).real,
     ),
     "clipped mean": (
         lambda grads, other, v, c, r: grads.clipped_mean(r),
@@ -120,7 +122,14 @@ CLAIMS = {
 
 
 def in_float64(tree):
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+    def widen(leaf):
+        return np.asarray(leaf, np.complex128 if np.iscomplexobj(leaf) else np.float64)
+
+    return jax.tree.map(widen, tree)
+
+
+def squares(leaf):
+    return np.abs(leaf) ** 2
 
 
 def disagreements(found, expected, tolerance, floor=1e-3):
@@ -186,7 +195,10 @@ def compare(fun, params, examples, tolerance, jit=True, claims=CLAIMS, truth=Non
         "clipped mean",
     } & set(claims):
         dtypes = [leaf.dtype for leaf in jax.tree.leaves(found[claim])]
-        if dtypes != [leaf.dtype for leaf in jax.tree.leaves(params)]:
+        expected_dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)]
+        if claim == "second moment":
+            expected_dtypes = [jnp.finfo(dtype).dtype for dtype in expected_dtypes]
+        if dtypes != expected_dtypes:
             wrong.append(f"{claim}: dtypes {dtypes}")
     return wrong
 

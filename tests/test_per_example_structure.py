@@ -304,8 +304,8 @@ def test_explain_names_the_fallback_the_unused_and_the_pulled_back():
     assert any("fallback" not in line[2] and line[0] == "params['b']" for line in solved)
     scalars = table_of(sj.explain(*architectures.make("scalars")))
     assert ["params['unused']", "nothing", "gradient is zero"] in [line[:3] for line in scalars]
-    normalized = sj.explain(*architectures.make("weight_normalized"))
-    assert "pulled back" in normalized
+    chosen = sj.explain(*architectures.make("choice_by_parameter"))
+    assert "pulled back" in chosen
 
 
 def test_explain_takes_shapes_and_numbers_of_python():
@@ -394,6 +394,6 @@ def test_dtypes_that_have_no_gradient_are_refused(params, cost, message):
 def test_every_method_is_claimed():
     """A method added to PerExampleGrads must come with a claim."""
     methods = {name for name in dir(sj.PerExampleGrads) if not name.startswith("_")}
-    fields = {"factors", "pulled", "treedef", "shapes", "num_examples"}
+    fields = {"factors", "pulled", "treedef", "shapes", "num_examples", "num_params"}
     claimed = {claim.replace(" ", "_") for claim in CLAIMS}
     assert methods - fields <= claimed

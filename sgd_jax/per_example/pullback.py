@@ -131,7 +131,8 @@ class Tape:
 
     def _evaluate(self, jaxpr: Jaxpr, eqn: Any, operands: list[Slot]) -> list[Slot]:
         call = _as_call(jaxpr, eqn)
-        if not any(s.leaves for s in operands) and all(s.static is not None for s in operands):
+        is_static = all(s.static is not None and not s.leaves for s in operands)
+        if is_static and eqn.primitive.name not in _VARYING:
             with jax.ensure_compile_time_eval():
                 values = call(*(s.static for s in operands))
         else:
@@ -146,8 +147,14 @@ class Tape:
             slot.leaves = leaves if flows else frozenset()
             slot.varies = _varying(entry, value)
             slot.made_by = entry if slot.leaves else None
+            if is_static and eqn.primitive.name in _VARYING:
+                slot.static = operands[0].static
             entry.outputs.append(slot)
         return entry.outputs
+
+
+_VARYING = frozenset(("pvary", "pcast"))
+"""What marks a value as varying over a mesh: the value is the same."""
 
 
 def _is_small_integer(value: Any) -> bool:
