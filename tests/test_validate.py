@@ -65,7 +65,7 @@ def test_finite_float_excludes_the_lower_end_on_demand():
 
 @pytest.mark.parametrize(
     "value",
-    ["0.5", None, 1j, True, np.bool_(False), np.array([0.1, 0.2]), jnp.array([0.1, 0.2])],
+    ["0.5", None, True, np.bool_(False), np.array([0.1, 0.2]), jnp.array([0.1, 0.2])],
 )
 def test_finite_float_refuses_what_is_not_one_number(value):
     with pytest.raises(TypeError, match="momentum must be one number, got") as error:
@@ -99,7 +99,7 @@ def test_floating_params_accepts_any_real_floating_point(params):
     _validate.floating_params(params)
 
 
-@pytest.mark.parametrize("leaf", [jnp.arange(3), np.ones(2, bool), 1, 1j])
+@pytest.mark.parametrize("leaf", [jnp.arange(3), np.ones(2, bool), 1])
 def test_floating_params_refuses_other_dtypes_with_the_remedy(leaf):
     with pytest.raises(TypeError, match=r"params\['w'\] has dtype .*not trained inside `examples`"):
         _validate.floating_params({"w": leaf})

@@ -29,6 +29,7 @@ def explain(fun: Callable[..., Any], params: Params, examples: Examples) -> str:
       params: the parameters, or their shapes (`jax.ShapeDtypeStruct`).
       examples: n examples, or their shapes.
     """
+    _validate.floating_params(params)
     n = _validate.num_examples(examples)
     leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda tree: tree, params))
     function = flat(fun, treedef, has_aux=False)
