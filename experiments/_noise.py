@@ -156,7 +156,7 @@ def _make_reader(
 
 
 def _to_columns(scale: NoiseScale) -> dict[str, Any]:
-    columns = {
+    columns: dict[str, Any] = {
         "noise_scale": scale.value,
         "noise_scale_low": scale.low,
         "noise_scale_high": scale.high,

@@ -148,8 +148,7 @@ def train(
     train_all = jax.jit(jax.vmap(over_seeds, in_axes=(0, None), out_axes=(0, 0, 0, 1)))
     rates = jnp.asarray(RATES, jax.tree.leaves(first[0])[0].dtype)
     costs, norms, averaged, path = train_all(rates, first)
-    found = (np.asarray(values, np.float64) for values in (costs, norms, averaged))
-    return Trained(*found, path)
+    return Trained(*(np.asarray(v, np.float64) for v in (costs, norms, averaged)), path=path)
 
 
 def measure_errors(

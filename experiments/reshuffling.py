@@ -216,9 +216,9 @@ def compare(first: np.ndarray, second: np.ndarray) -> tuple[int | None, float | 
 
     Both None of one and the same; p is None of less than six seeds, which cannot reach 0.05.
     """
-    if first is second:
+    if np.shares_memory(first, second):
         return None, None
-    p = float(scipy.stats.wilcoxon(first, second).pvalue) if len(first) >= 6 else None
+    p = float(np.asarray(scipy.stats.wilcoxon(first, second))[1]) if len(first) >= 6 else None
     return int(np.sum(first < second)), p
 
 

@@ -221,7 +221,7 @@ def summarize(final: np.ndarray, least: float | None, uniform: np.ndarray) -> _t
     costs = final[best]
     p = None
     if final is not uniform and len(costs) >= 6 and np.isfinite(costs).all():
-        p = float(scipy.stats.wilcoxon(costs, uniform[reference]).pvalue)
+        p = float(np.asarray(scipy.stats.wilcoxon(costs, uniform[reference]))[1])
     return {
         "learning_rate": RATES[best],
         "cost_median": float(np.median(costs)),

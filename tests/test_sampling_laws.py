@@ -542,3 +542,25 @@ def test_traced_strata_that_would_bias_give_weights_of_nan(strata):
 def test_traced_probabilities_that_would_bias_give_weights_of_nan(p):
     sample = jax.jit(sampling.importance, static_argnums=2)(KEY, jnp.array(p), 3)
     assert np.all(np.isnan(sample.weights))
+
+
+def test_a_step_on_a_poisson_sample_has_the_error_of_its_law_and_none_at_an_empty_draw():
+    """Over all 32 subsets of 5, with their probabilities: weights 1/(nq), not 1/how many came."""
+    rows = np.random.default_rng(4).normal(size=(5, 3)) + 1
+    fun, w, optimizer = lambda w, x: jnp.dot(w, x), jnp.ones(3), sj.sgd(1.0)
+    step = sj.make_step(fun, optimizer)
+    state = sj.init_state(w, optimizer)
+    error = ratio_error = 0.0
+    for present in itertools.product([False, True], repeat=5):
+        indices = np.flatnonzero(present)
+        padded = jnp.asarray(np.append(indices, np.full(5 - len(indices), -1)), jnp.int32)
+        sample = sampling.Sample(padded, jnp.where(padded >= 0, 0.5, 0.0))  # m = 2
+        estimate = np.asarray(w - step(state, jnp.asarray(rows), sample)[0].params)
+        np.testing.assert_allclose(estimate, rows[indices].sum(axis=0) / 2, atol=1e-12)
+        chance = 0.4 ** len(indices) * 0.6 ** (5 - len(indices))
+        error += chance * np.sum((estimate - rows.mean(axis=0)) ** 2)
+        mean = rows[indices].mean(axis=0) if len(indices) else np.zeros(3)
+        ratio_error += chance * np.sum((mean - rows.mean(axis=0)) ** 2)
+    law = expected_squared_error(gradient_moments(fun, w, jnp.asarray(rows)), 2, "poisson")
+    assert error == pytest.approx(float(law))
+    assert ratio_error != pytest.approx(float(law), rel=0.05)
