@@ -10,10 +10,10 @@ and report in a run folder.
   python -m experiments.landscape --epochs=60 --learning_rate=1
 
 Expected of the first command, seed 0: the plane holds 98.5 % of the squared distance from the
-start. After 2,400 steps both paths have come to the same valley, 32 from the start and 7 from each
-other, at a cost of 0.0143 by SGD and 0.0133 by gradient descent; SGD took 24,000 gradients of
-examples, gradient descent 2,889,600. With as many as SGD it has gone 19 steps. 12 s on two
-cores with compiling.
+start; that of two random walks holds 76 % of theirs, that of two straight lines all. After 2,400
+steps both paths have come to the same valley, 32 from the start and 7 from each other, at a cost
+of 0.0143 by SGD and 0.0133 by gradient descent; SGD took 24,000 gradients of examples, gradient
+descent 2,889,600. With as many as SGD it has gone 19 steps. 12 s on two cores with compiling.
 """
 
 import dataclasses
