@@ -37,7 +37,9 @@ summary { cursor: pointer; margin: .5rem 0; }
   vertical-align: top; font-weight: normal; white-space: normal; overflow-wrap: anywhere; }
 .pairs th { color: var(--faint); width: 45%; }
 @media (min-width: 40rem) { .pairs th { width: 18rem; } }
-@media print { .wide { overflow: visible; } img { min-width: 0; } }
+/* Figures are black on white: in the dark they are turned over, and keep their hues. */
+@media (prefers-color-scheme: dark) { img { filter: invert(.9) hue-rotate(180deg); } }
+@media print { img { filter: none; } .wide { overflow: visible; } img { min-width: 0; } }
 """
 _IMAGE = re.compile(r'(?<=<img src=")[^"]*')  # of what html_figure writes; other text is escaped
 
