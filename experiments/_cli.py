@@ -47,7 +47,7 @@ def start(
 
     def parse(argv: Sequence[str]) -> list[str]:
         if set(argv[1:]) & {"--help", "-help", "-h", "--helpshort", "--helpfull"}:
-            print_or_leave(help_text(doc, groups, defaults))
+            print_or_leave(help_text(as_typed(doc), groups, defaults))
             sys.exit(0)
         try:
             rest = flags.FLAGS(list(argv))
@@ -96,6 +96,13 @@ def start(
     _signals.install()
     keep_compiled_programs()
     app.run(guarded, flags_parser=parse)
+
+
+def as_typed(text: str) -> str:
+    """Returns a text whose commands are spelled as this program was started."""
+    if Path(sys.orig_argv[:2][-1]).stem != "sgd-jax":
+        return text
+    return re.sub(r"python -m experiments\.(\w+)", r"sgd-jax \1", text)
 
 
 def print_or_leave(text: str) -> None:

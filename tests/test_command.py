@@ -69,7 +69,7 @@ def run(environment, *words, program="sgd-jax"):
 
 
 @pytest.mark.slow
-def test_the_wheel_is_typed_small_and_holds_the_two_packages_alone(distributions):
+def test_the_wheel_is_typed_and_small_and_adds_one_name_alone(distributions):
     wheel, _ = distributions
     assert wheel.stat().st_size < 1_000_000
     with zipfile.ZipFile(wheel) as archive:
@@ -77,9 +77,7 @@ def test_the_wheel_is_typed_small_and_holds_the_two_packages_alone(distributions
         (metadata,) = [name for name in names if name.endswith("/METADATA")]
         fields = email.message_from_bytes(archive.read(metadata))
     assert "sgd_jax/py.typed" in names
-    assert {name.split("/")[0] for name in names} == {
-        "sgd_jax", "experiments", metadata.split("/")[0]
-    }  # fmt: skip
+    assert {name.split("/")[0] for name in names} == {"sgd_jax", metadata.split("/")[0]}
     assert fields["Version"] == sj.__version__
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sgd_jax").rglob("*.py")}
     assert sources <= set(names)
@@ -114,20 +112,51 @@ def test_the_installed_command_trains_and_reports(environment):
     assert trained.returncode == 0, trained.stderr
     folder = environment / "runs" / "mine"
     (folder / "report.html").unlink()
-    reported = run(environment, "-m", "experiments.report", "runs/mine", program="python")
+    reported = run(environment, "report", "runs/mine")
     assert reported.stdout == "report: runs/mine/report.html\n", reported.stderr
     assert (folder / "report.html").is_file()
 
 
 @pytest.mark.slow
 def test_without_the_extra_help_works_and_a_program_says_what_to_install(environment):
-    without = "import sys; sys.modules['matplotlib'] = None; from experiments.__main__ import main"
+    without = (
+        "import sys; sys.modules['matplotlib'] = None; import sgd_jax._command as command; "
+        "main = command.load_experiments().main"
+    )
     shown = run(environment, "-c", f"{without}; main(['--help'])", program="python")
     assert shown.stdout == command.help_text() + "\n"
     refused = run(environment, "-c", f"{without}; sys.exit(main(['train']))", program="python")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: Run folders need orbax-checkpoint, matplotlib")
     assert refused.stderr.rstrip().endswith("Run: pip install 'sgd_jax[experiments]'")
+
+
+def test_experiments_of_your_own_do_not_get_in_the_way(environment):
+    folder = environment / "own"
+    (folder / "experiments").mkdir(parents=True)
+    (folder / "experiments" / "__init__.py").write_text("")
+    (folder / "experiments" / "mine.py").write_text("print('mine')\n")
+    for program, words in (("python", ["-m", "experiments.mine"]), ("sgd-jax", ["--version"])):
+        done = subprocess.run(
+            [environment / "bin" / program, *words],
+            cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."},
+        )  # fmt: skip
+        assert done.stdout in ("mine\n", f"sgd_jax {sj.__version__}\n"), done.stderr
+
+
+def test_in_a_clone_the_command_finds_the_experiments_beside_the_package():
+    source = (
+        "import sys; sys.argv = ['sgd-jax', '--help']; from sgd_jax._command import main; "
+        "main(); print(sys.modules['experiments'].__path__)"
+    )
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"{command.help_text()}\n{[str(ROOT / 'experiments')]}\n", done.stderr
+
+
+def test_help_shows_the_command_that_was_typed(environment):
+    shown = run(environment, "train", "--help").stdout
+    assert "sgd-jax train" in shown
+    assert "python -m" not in shown
 
 
 def test_help_and_version_need_no_jax():

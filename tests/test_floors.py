@@ -25,6 +25,7 @@ ROOMS = (  # modules and folders of the package: each imports only from those be
     "estimation",
     "training",
     "data",
+    "_command",
 )
 
 
