@@ -11,9 +11,9 @@ import numpy as np
 
 import sgd_jax as sj
 from sgd_jax import sampling
-from sgd_jax._tree import tree_axpy, tree_dot
+from sgd_jax._tree import tree_dot
 from sgd_jax.estimation import expected_squared_error
-from sgd_jax.estimation.svrg import control_variate, difference, refresh
+from sgd_jax.estimation.svrg import difference
 from sgd_jax.sampling import optimal_probabilities, proportional_allocation
 from sgd_jax.typing import Array, CostFn, Params
 
@@ -53,32 +53,26 @@ def make_round(
     n = len(labels)
     strata = jnp.asarray(np.unique(labels, return_inverse=True)[1])
     sizes = proportional_allocation(np.bincount(strata), m) if sampler == "stratified" else ()
-    costs = jax.vmap(fun, in_axes=(None, 0))
-    svrg = control_variate(fun)
+    num_steps = n // m
+    estimator = sj.estimators.svrg(num_steps) if sampler == "svrg" else None
 
     def walk(params: Params, examples: Any, key: Array, rate: Array) -> Params:
-        anchor, probabilities = None, jnp.zeros(0)
-        if sampler == "svrg":
-            anchor = refresh(fun, params, examples, chunk_size=_CHUNK_SIZE)
+        probabilities = jnp.zeros(0)
         if sampler == "importance":
             norms = _norms(fun, params, examples)
             probabilities = optimal_probabilities(norms, uniform_share)
 
-        def step(params: Params, key: Array) -> tuple[Params, None]:
+        def draw(key: Array) -> sampling.Sample:
             if sampler == "stratified":
-                sample = sampling.stratified(key, strata, sizes)
-            elif sampler == "importance":
-                sample = sampling.importance(key, probabilities, m)
-            else:
-                sample = sampling.without_replacement(key, n, m)
-            chosen = jax.tree.map(lambda leaf: leaf[sample.indices], examples)
-            if anchor is None:
-                estimate = jax.grad(lambda p: sample.weights @ costs(p, chosen))(params)
-            else:
-                estimate = svrg(params, anchor, chosen, sample.weights)
-            return tree_axpy(-rate, estimate, params), None
+                return sampling.stratified(key, strata, sizes)
+            if sampler == "importance":
+                return sampling.importance(key, probabilities, m)
+            return sampling.without_replacement(key, n, m)
 
-        return jax.lax.scan(step, params, jax.random.split(key, n // m))[0]
+        optimizer = sj.sgd(rate)
+        epoch = sj.make_epoch(fun, optimizer, estimator=estimator)
+        samples = jax.vmap(draw)(jax.random.split(key, num_steps))
+        return epoch(sj.init_state(params, optimizer), examples, samples)[0].params
 
     return walk
 
