@@ -17,7 +17,12 @@ from sgd_jax._chunks import vary_like
 from sgd_jax._tree import tree_dot
 from sgd_jax.data import Examples
 from sgd_jax.distributed import sharding
-from sgd_jax.estimation import GradientMoments, expected_squared_error, gradient_moments
+from sgd_jax.estimation import (
+    GradientMoments,
+    estimate,
+    expected_squared_error,
+    gradient_moments,
+)
 from sgd_jax.estimation.svrg import difference
 from sgd_jax.per_example import per_example_grad
 from sgd_jax.sampling import (
@@ -244,10 +249,10 @@ def _errors_of_samples(
         n = len(examples.labels)
         estimates = jax.vmap(lambda sample: grads.sum(_spread(sample, n)))(samples)
     else:
-        estimates = jax.vmap(lambda sample: _gradient(fun, params, examples, sample))(samples)
+        _, estimates = jax.vmap(lambda sample: estimate(fun, params, examples, sample))(samples)
 
-    def compare(estimate: Params) -> tuple[Array, Array]:
-        error = jax.tree.map(jnp.subtract, estimate, mean)
+    def compare(estimated: Params) -> tuple[Array, Array]:
+        error = jax.tree.map(jnp.subtract, estimated, mean)
         return tree_dot(error, error), tree_dot(error, full)
 
     return jax.vmap(compare)(estimates)
@@ -256,14 +261,6 @@ def _errors_of_samples(
 def _spread(sample: Sample, n: int) -> Array:
     """The weights of a sample as one weight for each of the n examples."""
     return jnp.zeros(n, sample.weights.dtype).at[jnp.maximum(sample.indices, 0)].add(sample.weights)
-
-
-def _gradient(fun: CostFn, params: Params, examples: Examples, sample: Sample) -> Params:
-    size = sample.indices.shape[0]
-    places = jnp.maximum(sample.indices, 0)  # what is no example has weight 0
-    gathered = jax.tree.map(lambda leaf: leaf[places], examples)
-    chunk_size = _CHUNK_SIZE if size > 2 * _CHUNK_SIZE else None
-    return per_example_grad(fun, chunk_size=chunk_size)(params, gathered).sum(sample.weights)
 
 
 def seconds_per_gradient(target: Target, examples: Examples, size: int | None) -> float:
@@ -278,7 +275,7 @@ def seconds_per_gradient(target: Target, examples: Examples, size: int | None) -
 
     def add(total: Params, sample: Sample | Array) -> tuple[Params, None]:
         if isinstance(sample, Sample):
-            gradient = _gradient(target.fun, target.params, examples, sample)
+            _, gradient = estimate(target.fun, target.params, examples, sample)
         else:
             grads = per_example_grad(target.fun, chunk_size=_CHUNK_SIZE)(target.params, examples)
             gradient = grads.sum(sample)

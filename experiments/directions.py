@@ -213,8 +213,7 @@ def _steps(
 
     def one(key: Array) -> tuple[Array, Array]:
         sample = sampling.without_replacement(key, n, m)
-        chosen = jax.tree.map(lambda leaf: leaf[sample.indices], examples)
-        estimate = jax.grad(lambda params: sample.weights @ costs(params, chosen))(params)
+        _, estimate = sj.estimate(fun, params, examples, sample)
         after = costs(tree_axpy(-rate, estimate, params), examples)
         cosine = tree_dot(estimate, full) / (tree_norm(estimate) * tree_norm(full))
         return jnp.mean(after - before), cosine

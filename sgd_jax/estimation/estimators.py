@@ -215,7 +215,7 @@ def svrg(refresh_every: int) -> MakeEstimator:
 
     Unbiased if the sample is, with an error that shrinks near the anchor. Every ``refresh_every``
     steps, and in the first, the anchor moves to the params of the moment, for one pass over all
-    examples. An empty sample gives ∇C(a).
+    examples, none of which may be padding. An empty sample gives ∇C(a).
 
     Args:
       refresh_every: steps from one anchor to the next, at least 1.
