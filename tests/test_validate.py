@@ -65,7 +65,7 @@ def test_finite_float_excludes_the_lower_end_on_demand():
 
 @pytest.mark.parametrize(
     "value",
-    ["0.5", None, True, np.bool_(False), np.array([0.1, 0.2]), jnp.array([0.1, 0.2])],
+    ["0.5", None, 1j, True, np.bool_(False), np.array([0.1, 0.2]), jnp.array([0.1, 0.2])],
 )
 def test_finite_float_refuses_what_is_not_one_number(value):
     with pytest.raises(TypeError, match="momentum must be one number, got") as error:

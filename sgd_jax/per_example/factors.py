@@ -14,7 +14,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,22 +33,28 @@ _CANCELS = 1 / 16
 """A squared norm below this fraction of the sum over its terms is computed again from g_i."""
 
 
+def promote(*dtypes: Any) -> jnp.dtype:
+    """Returns the dtype that holds numbers of all these dtypes, whatever JAX lets mix."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     """Returns the real dtype in which norms of numbers of ``dtype`` accumulate."""
-    return jnp.promote_types(jnp.finfo(dtype).dtype, jnp.float32)
+    return promote(jnp.finfo(dtype).dtype, jnp.float32)
 
 
 def einsum(subscripts: str, *operands: Array) -> Array:
     """Returns `jnp.einsum` of operands of any dtypes, accumulated in float32 at least."""
-    dtype = functools.reduce(jnp.promote_types, (x.dtype for x in operands))
-    out = jnp.promote_types(dtype, jnp.float32)
+    dtype = promote(*(x.dtype for x in operands))
+    out = promote(dtype, jnp.float32)
     operands = tuple(x.astype(dtype) for x in operands)
     return jnp.einsum(subscripts, *operands, preferred_element_type=out)
 
 
 def square(x: Array) -> Array:
     """Returns |x|², real and in float32 at least."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(promote(x.dtype, jnp.float32))
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
@@ -63,7 +69,7 @@ class Dense:
         """Returns Σ_i c_i g_i; weights None is all ones."""
         if weights is None:
             return jnp.sum(self.values, axis=0)
-        dtype = jnp.promote_types(self.values.dtype, jnp.float32)
+        dtype = promote(self.values.dtype, jnp.float32)
         weights = weights.astype(self.values.dtype)
         return jnp.tensordot(weights, self.values, axes=1, preferred_element_type=dtype)
 
@@ -155,7 +161,7 @@ class Outer:
         """The dtype of g_i."""
         if self.is_indexed:
             return self.right.dtype
-        return jnp.promote_types(self.left.dtype, self.right.dtype)
+        return promote(self.left.dtype, self.right.dtype)
 
     def weighted_sum(self, weights: Array | None) -> Array:
         """Returns Σ_i c_i g_i; weights None is all ones."""
@@ -306,7 +312,7 @@ class Outer:
         """Returns matrices (..., h, a, b) times the scale."""
         if self.scale is None:
             return matrices
-        scale = self.scale.astype(jnp.promote_types(matrices.dtype, _least(self.scale.dtype)))
+        scale = self.scale.astype(promote(matrices.dtype, _least(self.scale.dtype)))
         return matrices * jnp.expand_dims(scale, range(matrices.ndim - 3))
 
 
@@ -339,7 +345,7 @@ def _sum_of_outer(left: Array, right: Array, scale: Array | None) -> Array:
             right = right * scale
         else:
             left = left * scale.astype(left.dtype)
-    dtype = jnp.promote_types(left.dtype, right.dtype)
+    dtype = promote(left.dtype, right.dtype)
     rows, columns = (
         x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(dtype) for x in (left, right)
     )
@@ -347,7 +353,7 @@ def _sum_of_outer(left: Array, right: Array, scale: Array | None) -> Array:
     if rows.size <= _SMALL:
         transposed = jax.lax.optimization_barrier(transposed)
     return jnp.matmul(
-        transposed, columns, preferred_element_type=jnp.promote_types(dtype, jnp.float32)
+        transposed, columns, preferred_element_type=promote(dtype, jnp.float32)
     )
 
 
@@ -601,7 +607,7 @@ def _align(x: Outer, y: Outer) -> Outer | None:
 
 
 def _common(arrays: Sequence[Array]) -> jnp.dtype:
-    return functools.reduce(jnp.promote_types, (x.dtype for x in arrays))
+    return promote(*(x.dtype for x in arrays))
 
 
 def _same_rows(x: Array, y: Array) -> Array:

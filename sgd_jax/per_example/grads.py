@@ -294,7 +294,7 @@ class PerExampleGrads(Rows):
 
     def _accumulator(self) -> jnp.dtype:
         """The dtype of norms and inner products."""
-        return functools.reduce(jnp.promote_types, (F.accumulator(d) for _, d in self.shapes))
+        return F.promote(*(F.accumulator(d) for _, d in self.shapes))
 
     def _like_params(
         self, leaves: Sequence[Array | None], lead: tuple[int, ...] = (), real: bool = False

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, Literal, Var, jaxpr_as_fun
 
-from sgd_jax.per_example.factors import Dense, Factor, Outer, einsum
+from sgd_jax.per_example.factors import Dense, Factor, Outer, einsum, promote
 from sgd_jax.per_example.layout import Axis, Layout
 from sgd_jax.per_example.linearity import open_jaxpr
 from sgd_jax.per_example.rules import complement
@@ -576,7 +576,7 @@ def _times(factor: Factor, array: Array, varies: frozenset[int]) -> list[Factor]
 
 def _product(x: Array, scale: Array) -> Array:
     """Returns x times a scale in the precision of x, complex if the scale is."""
-    dtype = jnp.promote_types(x.dtype, jnp.complex64) if jnp.iscomplexobj(scale) else x.dtype
+    dtype = promote(x.dtype, jnp.complex64) if jnp.iscomplexobj(scale) else x.dtype
     scale = jnp.expand_dims(scale, range(x.ndim - scale.ndim))
     return x.astype(dtype) * scale.astype(dtype)
 
