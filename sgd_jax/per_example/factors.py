@@ -352,9 +352,7 @@ def _sum_of_outer(left: Array, right: Array, scale: Array | None) -> Array:
     transposed = rows.T
     if rows.size <= _SMALL:
         transposed = jax.lax.optimization_barrier(transposed)
-    return jnp.matmul(
-        transposed, columns, preferred_element_type=promote(dtype, jnp.float32)
-    )
+    return jnp.matmul(transposed, columns, preferred_element_type=promote(dtype, jnp.float32))
 
 
 def prefers_forming(factor: Factor) -> bool:

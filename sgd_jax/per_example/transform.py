@@ -102,21 +102,10 @@ def per_example_value_and_grad(
         return in_chunks
 
     def value_and_grad(params: Params, examples: Examples) -> tuple[Any, PerExampleGrads]:
-        _validate.floating_params(params)
-        n = _validate.num_examples(examples)
-        leaves, treedef = jax.tree.flatten(params)
-        leaves = vary_like(examples, leaves)
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        function = flat(fun, treedef, has_aux)
         if strategy == "materialized":
-            costs, aux, factors, pulled = _materialized(function, leaves, examples)
+            (costs, aux), grads = _materialized(fun, params, examples, has_aux)
         else:
-            collected = collect(function, leaves, examples)
-            if strategy == "factored":
-                _refuse_fallbacks(collected, params)
-            factors, pulled = collected.factors(forms=strategy == "auto")
-            costs, aux = collected.costs, collected.aux
-        grads = PerExampleGrads(factors, pulled, treedef, shapes, n)
+            (costs, aux), grads = _factored(fun, params, examples, has_aux, strategy)
         return ((costs, aux) if has_aux else costs), grads
 
     return value_and_grad
@@ -237,6 +226,30 @@ def trace_example(
     return trace, jax.tree.structure(aux)
 
 
+def find_sites(fun: Callable[..., Any], params: Params, examples: Examples) -> list[Site]:
+    """Returns where parameters meet an example, from one trace of ``fun`` on shapes."""
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda tree: tree, params))
+    example = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)), examples
+    )
+    return trace_example(flat(fun, treedef, has_aux=False), leaves, example)[0].sites
+
+
+def weighted_value_and_grad(
+    fun: Callable[..., Any],
+) -> Callable[[Params, Examples, Array], tuple[Array, Params]]:
+    """Returns ``(params, examples, weights) -> (costs, Σ_i c_i g_i)``, the sum from the factors.
+
+    As ``per_example_value_and_grad`` and ``sum``, but nothing is formed for the sake of norms.
+    """
+
+    def value_and_grad(params: Params, examples: Examples, weights: Array) -> tuple[Array, Params]:
+        (costs, _), grads = _factored(fun, params, examples, has_aux=False, strategy=None)
+        return costs, grads.sum(weights)
+
+    return value_and_grad
+
+
 def collect(function: Callable[..., Any], leaves: Sequence[Array], examples: Examples) -> Collected:
     """Runs one backward pass: the cost, δ and the other operand at every site, of every example."""
     traces = []
@@ -264,10 +277,38 @@ def collect(function: Callable[..., Any], leaves: Sequence[Array], examples: Exa
     return Collected(trace, tape, costs, jax.tree.unflatten(aux_treedef, aux), deltas, acts)
 
 
+def _leaves(params: Params, examples: Examples) -> tuple[list[Array], Any, int]:
+    """Returns the checked leaves of params, their structure, and n."""
+    _validate.floating_params(params)
+    n = _validate.num_examples(examples)
+    leaves, treedef = jax.tree.flatten(params)
+    return vary_like(examples, leaves), treedef, n
+
+
+def _factored(
+    fun: Callable[..., Any],
+    params: Params,
+    examples: Examples,
+    has_aux: bool,
+    strategy: Strategy | None,
+) -> tuple[tuple[Array, Any], PerExampleGrads]:
+    """Costs and aux, and gradients in factors; with strategy None, as the sum alone wants them."""
+    leaves, treedef, n = _leaves(params, examples)
+    collected = collect(flat(fun, treedef, has_aux), leaves, examples)
+    if strategy == "factored":
+        _refuse_fallbacks(collected, params)
+    factors, pulled = collected.factors(forms=strategy == "auto")
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    grads = PerExampleGrads(factors, pulled, treedef, shapes, n)
+    return (collected.costs, collected.aux), grads
+
+
 def _materialized(
-    function: Callable[..., Any], leaves: Sequence[Array], examples: Examples
-) -> tuple[Array, Any, tuple[tuple[Factor, ...], ...], None]:
-    """Costs, aux and gradients by ``vmap(grad)``."""
+    fun: Callable[..., Any], params: Params, examples: Examples, has_aux: bool
+) -> tuple[tuple[Array, Any], PerExampleGrads]:
+    """Costs and aux, and gradients by ``vmap(grad)``."""
+    leaves, treedef, n = _leaves(params, examples)
+    function = flat(fun, treedef, has_aux)
 
     def checked(leaves: Sequence[Array], example: Example) -> tuple[Array, Any]:
         cost, aux = function(leaves, example)
@@ -275,8 +316,9 @@ def _materialized(
         return cost, aux
 
     gradient = jax.vmap(jax.value_and_grad(checked, has_aux=True), in_axes=(None, 0))
-    (costs, aux), values = gradient(leaves, examples)
-    return costs, aux, tuple((Dense(v),) for v in values), None
+    answer, values = gradient(leaves, examples)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    return answer, PerExampleGrads(tuple((Dense(v),) for v in values), None, treedef, shapes, n)
 
 
 def _map_factors(landed: Landed, change: Callable[[Factor], Any]) -> Landed:
