@@ -1,6 +1,7 @@
 """How `make test` is fast: programs are compiled fast, for most run once, and slow tests left out.
 
-With JAX 0.10 it takes a fifth of the time. `scripts/check tests --all` compiles as users do.
+With JAX 0.10 that takes a fifth of the time. In `make test-all`, the programs of slow tests are
+compiled as for users.
 """
 
 import jax
