@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 import reference
 from scipy import stats
 
@@ -266,7 +267,9 @@ print("four devices agree with one")
 
 @pytest.mark.slow
 def test_four_devices_under_shard_map_agree_with_one():
-    environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    environment = dict(
+        os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count=4 {quick.FLAGS}"
+    )
     environment["JAX_PLATFORMS"] = "cpu"
     root = pathlib.Path(__file__).parent.parent
     found = subprocess.run(

@@ -12,6 +12,7 @@ import jax
 import joined
 import numpy as np
 import pytest
+import quick
 import streamed_together
 from test_experiment_train import assert_same_run
 
@@ -33,7 +34,7 @@ def run_together(*commands, folders=()):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": "",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": quick.FLAGS,
         "PYTHONPATH": str(ROOT),
     }
     started = [

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from jax.sharding import PartitionSpec as P
 
 import sgd_jax as sj
@@ -20,7 +21,7 @@ from sgd_jax.distributed import sharding
 def on_devices(tmp_path_factory):
     """Everything in `eight_devices.RESULTS` on meshes of 1, 2 and 8 devices, by one process."""
     path = tmp_path_factory.mktemp("sharding") / "out.npz"
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=8 {quick.FLAGS}"
     done = subprocess.run(
         [sys.executable, eight_devices.__file__, path],
         env=dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags),
