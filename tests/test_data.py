@@ -366,11 +366,11 @@ def mirrors(tmp_path, monkeypatch):
 @pytest.mark.parametrize("first", ["gone", "corrupt"])
 def test_when_the_first_mirror_fails_the_second_serves(tmp_path, mirrors, first):
     requested = mirrors(first, "good")
-    dataset = load("mnist", tmp_path / "data")
+    dataset = load("mnist", tmp_path)
     assert dataset.train.inputs[0, 1] == 1
     for file in FILES:
         assert f"/{first}/{file}.gz" in requested
-    assert sorted(os.listdir(tmp_path / "data" / "mnist")) == sorted(f"{f}.gz" for f in FILES)
+    assert sorted(os.listdir(tmp_path / "mnist")) == sorted(f"{f}.gz" for f in FILES)
 
 
 def test_what_was_downloaded_is_not_downloaded_again(tmp_path, mirrors):
@@ -401,23 +401,24 @@ def test_a_corrupt_file_is_an_error_and_never_replaced(tmp_path, mirrors):
     assert requested == []
 
 
-@pytest.mark.parametrize("was_there", [False, True])
-def test_when_both_mirrors_fail_the_error_is_the_offline_one_and_nothing_is_left(
-    tmp_path, mirrors, was_there
-):
+def test_a_folder_that_is_not_there_is_refused_before_any_download(tmp_path, mirrors):
+    requested = mirrors("good")
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        load("mnist", tmp_path / "a" / "data")
+    assert requested == []
+    assert not (tmp_path / "a").exists()
+
+
+def test_when_both_mirrors_fail_the_error_is_the_offline_one_and_nothing_is_left(tmp_path, mirrors):
     mirrors("corrupt", "gone")
-    folder = tmp_path / "a" / "data"
-    if was_there:
-        folder.mkdir(parents=True)
     with pytest.raises(FileNotFoundError) as caught:
-        load("mnist", folder)
+        load("mnist", tmp_path)
     message = str(caught.value)
-    assert f"into {folder / 'mnist'}, or" in message
+    assert f"into {tmp_path / 'mnist'}, or" in message
     assert "--data_dir" in message
     assert re.search(rf"/corrupt/{TRAIN_IMAGES}.gz: .*hash", message)
     assert re.search(rf"/gone/{TRAIN_IMAGES}.gz: .*404", message)
-    assert (folder.exists(), folder.parent.exists()) == (was_there, was_there)
-    assert not (folder / "mnist").exists()
+    assert not (tmp_path / "mnist").exists()
 
 
 def test_the_default_folder_is_the_cache_of_the_user(tmp_path, monkeypatch):

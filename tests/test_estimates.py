@@ -349,7 +349,7 @@ def test_without_a_signal_the_noise_scale_is_undetermined():
 def test_with_a_signal_it_is_determined():
     moments, _ = draw("normal", mean=0.5)
     measure = functools.partial(noise_scale, of="population")
-    assert not np.any(jax.vmap(measure)(moments).undetermined)
+    assert not np.any(jax.jit(jax.vmap(measure))(moments).undetermined)
 
 
 def test_without_examples_kept_there_is_no_interval():

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from quick import slow
 
 import sgd_jax as sj
 from sgd_jax import estimators, sampling
@@ -118,7 +119,7 @@ def anchored(refresh_every):
 # --- each estimator, each scheme, against the loop ---
 
 
-@pytest.mark.parametrize("estimator", [None, estimators.mini_batch("materialized")])
+@pytest.mark.parametrize("estimator", [None, *slow(estimators.mini_batch("materialized"))])
 @pytest.mark.parametrize("scheme", SAMPLES)
 def test_training_on_samples_uses_their_weights(scheme, estimator):
     assert_equals_loop(samples(scheme), estimator, plain)

@@ -230,6 +230,7 @@ def test_without_grain_streaming_says_what_to_install(folder, tmp_path, monkeypa
 # --- Data that change while they are trained on ---------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_data_file_that_shrinks_names_the_sizes_and_the_last_checkpoint(
     folder, tmp_path, monkeypatch, capsys
 ):

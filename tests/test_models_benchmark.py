@@ -19,6 +19,7 @@ def dense(dtype):
 DENSE = Model("own.dense", "here", (), dense)
 
 
+@pytest.mark.slow
 def test_every_method_of_a_dense_layer_is_exact():
     errors = models.exactness(dense(jnp.float64))["errors"]
     assert len(errors) == 10
@@ -45,6 +46,7 @@ def test_one_number_that_is_nan_is_an_infinite_error():
     assert models._error({"a": jnp.array([1.0, jnp.nan])}, {"a": jnp.ones(2)}) == float("inf")
 
 
+@pytest.mark.slow
 def test_a_row_holds_times_memory_and_what_fell_back():
     row = models.measure(DENSE, 1, ["time", "exactness"])
     assert "error" not in row
@@ -64,6 +66,7 @@ def test_an_exception_is_a_row_that_says_so():
     assert models_table.as_cells(row)[-1] == "refused: time: ValueError: no such layer"
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_a_row_and_the_next_model_is_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(models.sys, "executable", "/bin/false")
     lines = tmp_path / "models.jsonl"
@@ -72,6 +75,7 @@ def test_a_process_that_dies_is_a_row_and_the_next_model_is_measured(monkeypatch
     assert json.loads(lines.read_text())["model"] == "own.dense"
 
 
+@pytest.mark.slow
 def test_a_child_measures_a_model_by_name(tmp_path):
     (model,) = models.select(["optax.ctc"])
     (row,) = models._run_child([model], 1, tmp_path / "models.jsonl", ["exactness"])

@@ -373,6 +373,7 @@ def test_a_state_that_does_not_hold_arrays_alone_is_refused_by_the_name_of_the_l
         runs.Checkpoints(tmp_path, accuracy, like={"a": 1.0})
 
 
+@pytest.mark.slow
 def test_saving_leaves_no_objects_behind(tmp_path):
     state = make_state(0.0)
     with contextlib.closing(runs.Checkpoints(tmp_path, accuracy, like=state)) as checkpoints:
