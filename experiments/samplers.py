@@ -332,13 +332,13 @@ def draw(result: Result, description: str) -> Figure:
                 axis.plot(x, [r["excess"] for r in curve], ".-", color=color, ms=4, label=label)
                 ends = ([r[f"excess_{end}"] for r in curve] for end in ("least", "most"))
                 axis.fill_between(x, *ends, color=color, alpha=0.15, lw=0)
-        worth.set_title(f"{name}: worth of a gradient; above 1: better than uniform")
-        worth.set_ylabel("error of uniform draws / error of sampler")
-        above = ", above the least there is" if name == "convex" else ""
-        cost.set_title(f"{name}: training{above}, constant η")
-        decaying.set_title(f"{name}: training{above}, η falling linearly to 0")
+        worth.set_title(f"{name}: worth of a gradient")
+        worth.set_ylabel("error of uniform draws / of sampler")
+        above = " above the least" if name == "convex" else ""
+        cost.set_title(f"{name}: constant η; median, range of seeds")
+        decaying.set_title(f"{name}: η falling linearly to 0")
         for axis in (cost, decaying):
-            axis.set_ylabel("mean training cost, median and range of seeds")
+            axis.set_ylabel(f"mean training cost{above}")
         worth.set_xlabel("rounds of n/m steps, by uniform draws")
         for axis in (cost, decaying):
             axis.set_xlabel("gradients of examples, in units of n")
