@@ -92,6 +92,17 @@ def test_models_are_chosen_by_name_or_by_package():
         models.select(["nonsense"])
 
 
+def test_a_large_model_is_timed_alone_and_only_when_named():
+    large = [model for model in MODELS if model.large]
+    assert [model.name for model in large] == ["transformers.gpt2_small"]
+    assert not set(large) & set(models.select([]))
+    assert not set(large) & set(models.select(["transformers"]))
+    assert models.select(["transformers.gpt2_small"]) == large
+    row = models.measure(DENSE._replace(large=True), 1, ["time", "exactness"])
+    assert "contenders" in row
+    assert "errors" not in row
+
+
 def test_at_least_forty_models_and_no_name_twice():
     names = [model.name for model in MODELS]
     assert len(set(names)) == len(names) >= 40

@@ -26,6 +26,8 @@ class Model(NamedTuple):
     """Modules without which the model is skipped; `make` imports them."""
     make: Callable[[Any], Case]
     """Builds the model with floating point numbers of a dtype; nothing is downloaded."""
+    large: bool = False
+    """Whether it takes gigabytes: then it is only timed, and only when asked for by its name."""
 
 
 def cast(tree: Any, dtype: Any) -> Any:

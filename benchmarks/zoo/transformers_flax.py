@@ -75,6 +75,18 @@ def language_model(class_name: str, config_name: str, config: dict, dtype: Any) 
     return Case(fun, cast(model.params, dtype), (tokens, np.roll(tokens, -1, 1)))
 
 
+def gpt2_small(dtype: Any) -> Case:
+    """Returns GPT-2 small, of 124 million parameters, on 4 sequences of 256 tokens."""
+    config = {"vocab_size": 50257, "n_positions": 1024}
+    model = _build("FlaxGPT2LMHeadModel", "GPT2Config", config, dtype)
+
+    def fun(params: Any, tokens: Any) -> jax.Array:
+        logits = model(tokens[None], params=params, train=False).logits[0]
+        return cross_entropy(logits, jnp.roll(tokens, -1))
+
+    return Case(fun, cast(model.params, dtype), integers(0, 50257, 4, 256))
+
+
 def sequence_to_sequence(class_name: str, config_name: str, config: dict, dtype: Any) -> Case:
     """Returns a model that reads tokens and predicts others."""
     model = _build(class_name, config_name, config, dtype)
@@ -276,6 +288,7 @@ MODELS = [
     *_models(language_model, _LANGUAGE),
     *_models(sequence_to_sequence, _SEQUENCES),
     *_models(image_classifier, _IMAGES),
+    _model("gpt2_small", "FlaxGPT2LMHeadModel", gpt2_small)._replace(large=True),
     _model("clip", "FlaxCLIPModel", clip),
     _model("wav2vec2", "FlaxWav2Vec2ForCTC", speech_encoder),
     _model("whisper", "FlaxWhisperForConditionalGeneration", whisper),
