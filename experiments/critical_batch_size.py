@@ -109,7 +109,7 @@ class Result(NamedTuple):
     """One for each size; see `TABLE`."""
     fit: Fit
     noise: list[_tabled.Row]
-    """Along one of the runs: step, accuracy, tr Σ, ‖G‖² and noise scale."""
+    """Along one of the runs: step, accuracy, tr Σ, ‖∇C‖² and noise scale."""
 
 
 def run(asked: Asked[Config], show: _tabled.Show = show_nothing) -> Result:
@@ -217,7 +217,7 @@ def _measure_noise(problem: Problem, row: _tabled.Row) -> list[_tabled.Row]:
 
 
 def mean_noise_scale(noise: list[_tabled.Row]) -> float:
-    """Returns B over a run: the mean of tr Σ over the mean of ‖G‖², never the mean of ratios."""
+    """Returns B over a run: the mean of tr Σ over the mean of ‖∇C‖², never the mean of ratios."""
     return sum(row["trace"] for row in noise) / sum(row["squared_norm"] for row in noise)
 
 

@@ -81,8 +81,8 @@ TABLE = _tabled.Table(
         Column("cost", "cost", "{:.4g}"),
         Column("cosine_of_means", "cosine", "{:.3f}"),
         Column("mean_cosine", "mean cos", "{:.3f}"),
-        Column("descent", "−η‖G‖²", "{:.3g}"),
-        Column("bend", "½η²GᵀHG", "{:.3g}"),
+        Column("descent", "−η‖∇C‖²", "{:.3g}"),
+        Column("bend", "½η²∇CᵀH∇C", "{:.3g}"),
         Column("noise", "½η²f tr(HΣ)/m", "{:.3g}"),
         Column("predicted", "predicted", "{:.3g}"),
         Column("measured", "measured", "{:.3g}"),
@@ -108,7 +108,7 @@ class Point(NamedTuple):
     squared_norm: float
     trace: float
     curvature: float
-    """GᵀHG."""
+    """∇CᵀH∇C."""
     noise: float
     """tr(HΣ), estimated by probes."""
     noise_error: float
@@ -234,7 +234,7 @@ def take_steps(
 def expected_change(
     rate: float, squared_norm: float, curvature: float, noise: float
 ) -> tuple[float, float, float]:
-    """Returns −η‖G‖², ½η²GᵀHG and ½η²f tr(HΣ)/m: their sum is the mean change of the cost."""
+    """Returns −η‖∇C‖², ½η²∇CᵀH∇C and ½η²f tr(HΣ)/m: their sum is the mean change of the cost."""
     return -rate * squared_norm, rate**2 / 2 * curvature, rate**2 / 2 * noise
 
 

@@ -112,11 +112,11 @@ VARIANCE = _tabled.Table(
         Column("round", "round", "{:d}"),
         *(Column(f"error_{name}", name, "{:.3f}") for name in SAMPLERS),
         *(Column(f"worth_{name}", f"worth: {name}", "{:.3f}") for name in SAMPLERS[1:]),
-        Column("noise_scale", "tr Σ/‖G‖²", "{:.3g}"),
+        Column("noise_scale", "tr Σ/‖∇C‖²", "{:.3g}"),
     ),
     heading="Variance",
     stem="variance",
-    legend="Along the training by uniform draws, after so many rounds of n/m steps: E‖ĝ − G‖² "
+    legend="Along the training by uniform draws, after so many rounds of n/m steps: E‖ĝ − ∇C‖² "
     "of each as a multiple of tr Σ/m, exact, at the end of a round, when norms and anchor are a "
     "round old. Worth: the error of uniform draws over that of the sampler at equal gradients, "
     "those that the round began with included; above 1 it pays.",

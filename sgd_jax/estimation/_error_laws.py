@@ -1,8 +1,8 @@
 """What a mini-batch gradient is worth: its exact error, predicted from the moments of a data set.
 
-Notation: n examples with gradients g_i, G their mean, Σ = 1/n Σ_i (g_i − G)(g_i − G)ᵀ (population),
-B = tr Σ/‖G‖², m the batch size, ĝ the estimate of G. All functions take `GradientMoments`, do no
-clamping, and run under `jax.jit`; a division by ‖G‖ = 0 gives NaN or infinity.
+Notation: n examples with gradients g_i, ∇C their mean, Σ = 1/n Σ_i (g_i − ∇C)(g_i − ∇C)ᵀ with 1/n,
+B = tr Σ/‖∇C‖², m the batch size, ĝ the estimate of ∇C. All functions take `GradientMoments`, do no
+clamping, and run under `jax.jit`; a division by ‖∇C‖ = 0 gives NaN or infinity.
 """
 
 import math
@@ -30,7 +30,7 @@ def expected_squared_error(
     probabilities: Array | None = None,
     max_size: int | None = None,
 ) -> Array:
-    """Returns E‖ĝ − G‖² of a sampling scheme of `sgd_jax.sampling`, exactly.
+    """Returns E‖ĝ − ∇C‖² of a sampling scheme of `sgd_jax.sampling`, exactly.
 
     With f = (n − m)/(n − 1)::
 
@@ -38,8 +38,8 @@ def expected_squared_error(
         without_replacement   f · tr Σ/m                                      zero at m = n
         poisson               (1 − m/n)/m · 1/n Σ‖g_i‖²
         stratified            Σ_h (n_h/n)² (n_h − m_h)/(n_h − 1) · tr Σ_h/m_h
-        importance            (1/m)(1/n² Σ‖g_i‖²/p_i − ‖G‖²)
-        importance, best p    ((1/n Σ‖g_i‖)² − ‖G‖²)/m
+        importance            (1/m)(1/n² Σ‖g_i‖²/p_i − ‖∇C‖²)
+        importance, best p    ((1/n Σ‖g_i‖)² − ‖∇C‖²)/m
 
     One mini-batch of an epoch, reshuffled or in one order drawn at random, is a draw without
     replacement. Control variates (SVRG): give the moments of the differences g_i − h_i
@@ -57,7 +57,7 @@ def expected_squared_error(
         overflow. None is no overflow, which the sampler's default is to within 10⁻⁸.
 
     Returns:
-      A scalar, in the units of a squared gradient. Where G is subtracted, rounding can leave a
+      A scalar, in the units of a squared gradient. Where ∇C is subtracted, rounding can leave a
       small negative number where the error is zero.
 
     Raises:
@@ -132,7 +132,7 @@ def expected_cosine(
         mean is ∇C − H, and only the error comes from them. None is ‖mean of the moments‖².
 
     Returns:
-      A scalar in [0, 1] but for rounding; NaN where G = 0 and the error is 0.
+      A scalar in [0, 1] but for rounding; NaN where ∇C = 0 and the error is 0.
 
     >>> import jax.numpy as jnp, sgd_jax as sj
     >>> from sgd_jax.estimation import gradient_moments
@@ -151,7 +151,7 @@ def expected_cosine(
 
 
 def norm_test(moments: GradientMoments, batch_size: int) -> Array:
-    """Returns θ² of the norm test: tr Σ/(m ‖G‖²), the squared relative error with replacement.
+    """Returns θ² of the norm test: tr Σ/(m ‖∇C‖²), the squared relative error with replacement.
 
     A batch size passes the test of strength θ₀ where this is at most θ₀². It is B/m, and the sum
     of `inner_product_test` and `orthogonality_test`. Σ has 1/n.
@@ -162,9 +162,9 @@ def norm_test(moments: GradientMoments, batch_size: int) -> Array:
 
 
 def inner_product_test(moments: GradientMoments, batch_size: int) -> Array:
-    """Returns θ² of the inner-product test: Var(⟨g_i, G⟩)/(m ‖G‖⁴), the variance with 1/n.
+    """Returns θ² of the inner-product test: Var(⟨g_i, ∇C⟩)/(m ‖∇C‖⁴), the variance with 1/n.
 
-    The part of the error along G: how surely −ĝ is a direction of descent.
+    The part of the error along ∇C: how surely −ĝ is a direction of descent.
 
     Raises:
       ValueError: the moments carry no ``alignments``.
@@ -173,7 +173,7 @@ def inner_product_test(moments: GradientMoments, batch_size: int) -> Array:
     """
     if moments.alignments is None:
         raise ValueError(
-            "the inner-product test needs ⟨g_i, G⟩ of every example: "
+            "the inner-product test needs ⟨g_i, ∇C⟩ of every example: "
             "gradient_moments(..., keep_alignments=True)"
         )
     m = _validate.positive_int("batch_size", batch_size)
@@ -181,10 +181,10 @@ def inner_product_test(moments: GradientMoments, batch_size: int) -> Array:
 
 
 def orthogonality_test(moments: GradientMoments, batch_size: int) -> Array:
-    """Returns ν² of the orthogonality test: E‖part of g_i orthogonal to G‖²/(m ‖G‖²).
+    """Returns ν² of the orthogonality test: E‖part of g_i orthogonal to ∇C‖²/(m ‖∇C‖²).
 
-    What the error across G amounts to, (tr Σ − Var(⟨g_i, G⟩)/‖G‖²)/(m ‖G‖²). Needs ``alignments``,
-    as `inner_product_test` does.
+    What the error across ∇C amounts to, (tr Σ − Var(⟨g_i, ∇C⟩)/‖∇C‖²)/(m ‖∇C‖²). Needs
+    ``alignments``, as `inner_product_test` does.
 
     Source: Bollapragada, Byrd and Nocedal 2017 (arXiv 1710.11258).
     """
@@ -192,9 +192,9 @@ def orthogonality_test(moments: GradientMoments, batch_size: int) -> Array:
 
 
 def norm_test_batch_size(moments: GradientMoments, theta: float | Array) -> Array:
-    """Returns the batch size at which the norm test holds with equality: tr Σ/(θ² ‖G‖²).
+    """Returns the batch size at which the norm test holds with equality: tr Σ/(θ² ‖∇C‖²).
 
-    A real number, not rounded; infinite where G = 0. θ > 0, 0.5 to 1 in the literature.
+    A real number, not rounded; infinite where ∇C = 0. θ > 0, 0.5 to 1 in the literature.
 
     Raises:
       ValueError: a concrete theta is not a finite number above 0.
@@ -250,7 +250,7 @@ def gradient_signal_to_noise(moments: GradientMoments) -> Params:
 def adascale_gain(moments: GradientMoments, batch_size: int, scale: float | Array) -> Array:
     """Returns AdaScale's gain (σ² + μ²)/(σ²/S + μ²) of S times the batch, from 1 to S.
 
-    σ² = tr Σ/b is the variance of the mean of b draws with replacement, μ² = ‖G‖², so the gain is
+    σ² = tr Σ/b is the variance of the mean of b draws with replacement, μ² = ‖∇C‖², so the gain is
     (1 + B/b)/(1 + B/(b S)): one step of batch b·S does the work of so many steps of batch b.
 
     Args:
@@ -339,10 +339,10 @@ def _importance_error(moments: GradientMoments, m: int, probabilities: Array | N
 
 
 def _overflowing_poisson_error(moments: GradientMoments, m: int, max_size: int) -> Array:
-    """E‖ĝ − G‖² where at most s of the K drawn stay, each weighted K/s more.
+    """E‖ĝ − ∇C‖² where at most s of the K drawn stay, each weighted K/s more.
 
     Given K, ĝ = (K/m) times the mean of min(K, s) draws without replacement, so the error is
-    E[(K/m − 1)²] ‖G‖² + E[(K/m)² f(min(K, s))/min(K, s)] tr Σ, K binomial(n, m/n).
+    E[(K/m − 1)²] ‖∇C‖² + E[(K/m)² f(min(K, s))/min(K, s)] tr Σ, K binomial(n, m/n).
     """
     if isinstance(moments.count, jax.core.Tracer):
         raise ValueError("max_size needs a concrete count: the sum over K has n terms")

@@ -28,10 +28,10 @@ class NoiseParts(NamedTuple):
     trace: Array
     """Of tr Σ, the variance of one example's gradient."""
     squared_norm: Array
-    """Of ‖G‖²; being unbiased, it can be negative where ‖G‖² is small."""
+    """Of ‖∇C‖²; being unbiased, it can be negative where ‖∇C‖² is small."""
 
     def ratio(self) -> Array:
-        """B = tr Σ/‖G‖², or NaN where the estimate of ‖G‖² is not above 0: undetermined."""
+        """B = tr Σ/‖∇C‖², or NaN where the estimate of ‖∇C‖² is not above 0: undetermined."""
         return jnp.where(self.squared_norm > 0, self.trace / self.squared_norm, jnp.nan)
 
 
@@ -188,11 +188,11 @@ def two_batch_noise_parts(
     *,
     population: int | None = None,
 ) -> NoiseParts:
-    """Returns tr Σ and ‖G‖² from the squared norms of gradients at two batch sizes.
+    """Returns tr Σ and ‖∇C‖² from the squared norms of gradients at two batch sizes.
 
-    With b < B the sizes, ‖G‖²_est = (B |G_B|² − b |G_b|²)/(B − b) and
+    With b < B the sizes, ‖∇C‖²_est = (B |G_B|² − b |G_b|²)/(B − b) and
     S_est = (|G_b|² − |G_B|²)/(1/b − 1/B): unbiased for draws with replacement. Draws without
-    replacement from n examples make them exactly ‖G‖² − S/(n − 1) and S n/(n − 1) in expectation,
+    replacement from n examples make them exactly ‖∇C‖² − S/(n − 1) and S n/(n − 1) in expectation,
     S = tr Σ with 1/n; ``population=n`` corrects for it. Both are linear in the squared norms: to
     average over steps, average the norms, or the parts, and divide last.
 
@@ -210,7 +210,7 @@ def two_batch_noise_parts(
       ValueError: a size below 1, B ≤ b, or population < B.
       TypeError: a size is not a whole number.
 
-    >>> parts = two_batch_noise_parts(5.0, 2.0, 1, 4)  # ‖G‖² = 1, tr Σ = 4
+    >>> parts = two_batch_noise_parts(5.0, 2.0, 1, 4)  # ‖∇C‖² = 1, tr Σ = 4
     >>> float(parts.trace), float(parts.squared_norm), float(parts.ratio())
     (4.0, 1.0, 4.0)
 
@@ -296,16 +296,16 @@ def scale_of_means(
 
 
 class CurvatureNoiseScale(NamedTuple):
-    """B_noise = tr(HΣ)/(GᵀHG), in examples, and its two parts."""
+    """B_noise = tr(HΣ)/(∇CᵀH∇C), in examples, and its two parts."""
 
     value: Array
-    """B_noise; NaN where GᵀHG is not above 0."""
+    """B_noise; NaN where ∇CᵀH∇C is not above 0."""
     standard_error: Array
     """Of ``value``, from the spread over probes; 0 where exact."""
     noise: Array
     """tr(HΣ)."""
     curvature: Array
-    """GᵀHG: the curvature along the mean gradient, times ‖G‖²."""
+    """∇CᵀH∇C: the curvature along the mean gradient, times ‖∇C‖²."""
     noise_standard_error: Array
     """Of ``noise``, from the spread over probes; 0 where exact."""
 
@@ -320,12 +320,12 @@ def curvature_noise_scale(
     chunk_size: int = 1000,
     mesh: Mesh | None = None,
 ) -> CurvatureNoiseScale:
-    """Returns the noise scale B_noise = tr(HΣ)/(GᵀHG), H the Hessian of the mean cost.
+    """Returns the noise scale B_noise = tr(HΣ)/(∇CᵀH∇C), H the Hessian of the mean cost.
 
-    Of the n examples given: G, Σ (with 1/n) and H are theirs, and nothing else is estimated. Since
-    tr(HΣ) = E vᵀHv for v = 1/√n Σ_i z_i (g_i − G) with random signs z, each probe v is one product
+    Of the n examples given: ∇C, Σ (with 1/n) and H are theirs, and nothing else is estimated. Since
+    tr(HΣ) = E vᵀHv for v = 1/√n Σ_i z_i (g_i − ∇C) with random signs z, each probe v is one product
     with G and vᵀHv one second derivative along a line; H is never formed. With ``num_probes`` it is
-    the mean over so many probes, unbiased; without, v = (g_i − G)/√n for every i and their sum:
+    the mean over so many probes, unbiased; without, v = (g_i − ∇C)/√n for every i and their sum:
     exact, at n passes over the data. On a quadratic cost the best learning rate at batch size B is
     ε_max/(1 + B_noise/B).
 
@@ -374,7 +374,7 @@ def curvature_noise_scale(
 def _unbiased(
     count: Array, population: int | None, trace: Array, squared_norm: Array
 ) -> NoiseParts:
-    """Unbiased tr Σ and ‖G‖² of the population, from those of n examples with 1/n."""
+    """Unbiased tr Σ and ‖∇C‖² of the population, from those of n examples with 1/n."""
     sample_variance = trace * (count / (count - 1))
     if population is None:
         return NoiseParts(sample_variance, squared_norm - sample_variance / count)

@@ -10,12 +10,12 @@ from sgd_jax.typing import Array
 
 
 class SubsetErrors(NamedTuple):
-    """How far estimates ĝ are from the mean gradient G, exactly; both of shape (...)."""
+    """How far estimates ĝ are from the mean gradient ∇C, exactly; both of shape (...)."""
 
     squared_error: Array
-    """‖ĝ − G‖²."""
+    """‖ĝ − ∇C‖²."""
     cosine: Array
-    """⟨ĝ, G⟩/(‖ĝ‖ ‖G‖); NaN where ĝ or G is zero."""
+    """⟨ĝ, ∇C⟩/(‖ĝ‖ ‖∇C‖); NaN where ĝ or ∇C is zero."""
 
 
 class MeanCosine(NamedTuple):
@@ -60,7 +60,7 @@ def subset_errors(gram: Array, samples: Sample) -> SubsetErrors:
     """Returns the error and the cosine of many weighted subsets, without touching the network.
 
     With K = G Gᵀ the Gram matrix of all n gradients and c the weights of a sample, spread over the
-    n examples, ‖ĝ − G‖² = (c − 1/n)ᵀ K (c − 1/n), exactly, whatever the scheme; repeated indices
+    n examples, ‖ĝ − ∇C‖² = (c − 1/n)ᵀ K (c − 1/n), exactly, whatever the scheme; repeated indices
     add up. One Gram matrix gives the whole distribution of error and cosine over thousands of
     samples: the mean error, which `expected_squared_error` predicts, and all the quantiles.
 
@@ -100,15 +100,15 @@ def subset_errors(gram: Array, samples: Sample) -> SubsetErrors:
         return jnp.zeros(n, gram.dtype).at[jnp.maximum(indices, 0)].add(present)
 
     c = jax.vmap(spread)(indices, weights)
-    toward_mean = jnp.mean(gram, axis=1)  # ⟨g_i, G⟩
-    squared_norm = jnp.mean(toward_mean)  # ‖G‖²
-    deviation = toward_mean - squared_norm  # ⟨g_i − G, G⟩
-    centred = gram - toward_mean[:, None] - deviation[None, :]  # ⟨g_i − G, g_k − G⟩
+    toward_mean = jnp.mean(gram, axis=1)  # ⟨g_i, ∇C⟩
+    squared_norm = jnp.mean(toward_mean)  # ‖∇C‖²
+    deviation = toward_mean - squared_norm  # ⟨g_i − ∇C, ∇C⟩
+    centred = gram - toward_mean[:, None] - deviation[None, :]  # ⟨g_i − ∇C, g_k − ∇C⟩
     products = jnp.matmul(c, centred, precision="highest")
     excess = jnp.sum(c, axis=1) - 1
     along = jnp.matmul(c, deviation, precision="highest")
     squared_error = jnp.sum(products * c, axis=1) + excess * (2 * along + excess * squared_norm)
-    inner = along + (1 + excess) * squared_norm  # ⟨ĝ, G⟩
+    inner = along + (1 + excess) * squared_norm  # ⟨ĝ, ∇C⟩
     norm = jnp.sqrt(squared_error + 2 * inner - squared_norm)  # ‖ĝ‖
     cosine = inner / (norm * jnp.sqrt(squared_norm))
     return SubsetErrors(squared_error.reshape(leading), cosine.reshape(leading))
