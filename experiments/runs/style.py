@@ -21,7 +21,7 @@ SPLITS = {"train": BLUE, "validation": ORANGE, "test": VERMILION}
 SMALL = 9
 """Size of the smallest letters, in points."""
 
-_SETTINGS = {
+_SETTINGS: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.labelsize": 10,
