@@ -11,6 +11,7 @@ real norms. Products accumulate in float32 at least.
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -230,11 +231,8 @@ class Outer:
 
     def conjugated(self) -> "Outer":
         """Returns the factor of the conjugates ḡ_i."""
-        left, right, scale = (
-            jnp.conj(x) if x is not None and jnp.iscomplexobj(x) else x
-            for x in (self.left, self.right, self.scale)
-        )
-        return Outer(left, right, self.layout, scale)
+        scale = None if self.scale is None else _conjugate(self.scale)
+        return Outer(_conjugate(self.left), _conjugate(self.right), self.layout, scale)
 
     def combined(self) -> tuple[Array, Array]:
         """Returns the rows that ``left`` names and the sum of what goes to each.
@@ -291,8 +289,10 @@ class Outer:
         if route == "gram":
             terms = jnp.sum(square(self.left), -1) * jnp.sum(square(self.right), -1)
             return inner_by_gram(self, self), jnp.sum(terms, axis=(1, 2))
+        assert self.scale is not None  # the route of scaled factors
+        weights = square(self.scale)
         own = dataclasses.replace(self, left=square(self.left), right=square(self.right))
-        own = jnp.sum(own._paired(square(self.scale)), axis=(1, 2))
+        own = jnp.sum(own._paired(weights), axis=(1, 2))
         if self.num_terms == 1:
             return own, None
         lower, upper = jnp.triu_indices(self.num_terms, 1)
@@ -301,7 +301,7 @@ class Outer:
             (self.right[:, :, lower] * jnp.conj(self.right[:, :, upper])),
             self.layout,
         )
-        return own + 2 * jnp.sum(cross._paired(square(self.scale)), axis=(1, 2)), own
+        return own + 2 * jnp.sum(cross._paired(weights), axis=(1, 2)), own
 
     def _paired(self, matrices: Array) -> Array:
         """Returns Re left_tᵀ M right_t for every term, (n, h, t)."""
@@ -317,6 +317,10 @@ class Outer:
 
 
 Factor: TypeAlias = Dense | Shared | Outer
+
+
+def _conjugate(x: Array) -> Array:
+    return jnp.conj(x) if jnp.iscomplexobj(x) else x
 
 
 def _least(dtype: jnp.dtype) -> jnp.dtype:
@@ -408,8 +412,9 @@ def merge(factors: Sequence[Factor]) -> tuple[Factor, ...]:
             continue
         for group in groups:
             aligned = _align(factor, group[0])
-            alike = aligned is not None and aligned.is_indexed == group[0].is_indexed
-            if alike and factor.scale is None and group[0].scale is None:
+            if aligned is None or aligned.is_indexed != group[0].is_indexed:
+                continue
+            if factor.scale is None and group[0].scale is None:
                 group.append(aligned)
                 break
         else:
@@ -433,15 +438,20 @@ def squared_norms(leaves: Sequence[Sequence[Factor]], num_examples: int) -> list
     the square root of that. So if they cancel in any example, g_i is formed.
     """
     merged = [merge(factors) for factors in leaves]
-    found = [_norms_by_products(factors) if factors else None for factors in merged]
-    zeros = jnp.zeros(num_examples)
-    totals = [zeros if f is None else jnp.maximum(f[0], 0) for f in found]
-    doubtful = [k for k, f in enumerate(found) if f is not None and f[1] is not None]
+    totals = [jnp.zeros(num_examples) for _ in leaves]
+    cancelling = []
+    doubtful = []
+    for k, factors in enumerate(merged):
+        if not factors:
+            continue
+        total, terms = _norms_by_products(factors)
+        totals[k] = jnp.maximum(total, 0)
+        if terms is not None:
+            doubtful.append(k)
+            cancelling.append(jnp.any(total < _CANCELS * terms))
     if not doubtful:
         return totals
-    cancels = functools.reduce(
-        operator.or_, (jnp.any(found[k][0] < _CANCELS * found[k][1]) for k in doubtful)
-    )
+    cancels = functools.reduce(operator.or_, cancelling)
 
     def formed() -> list[Array]:
         return [formed_squared_norms(merged[k]).astype(totals[k].dtype) for k in doubtful]
@@ -454,16 +464,17 @@ def squared_norms(leaves: Sequence[Sequence[Factor]], num_examples: int) -> list
 
 def _norms_by_products(factors: Sequence[Factor]) -> tuple[Array, Array | None]:
     """Returns ‖Σ_k g_i^k‖², and the sum of the squared norms of its terms where they may cancel."""
-    total, terms, may_cancel = 0.0, 0.0, len(factors) > 1
+    norms, terms, may_cancel = [], [], len(factors) > 1
     for factor in factors:
         own = factor.squared_norms()
-        norms, parts = own if isinstance(own, tuple) else (own, None)
-        total, terms = total + norms, terms + (norms if parts is None else parts)
+        norm, parts = own if isinstance(own, tuple) else (own, None)
+        norms.append(norm)
+        terms.append(norm if parts is None else parts)
         may_cancel |= parts is not None
-    for k, x in enumerate(factors):
-        for y in factors[k + 1 :]:
-            total = total + 2 * inner(x, y)
-    return total, terms if may_cancel else None
+    for x, y in itertools.combinations(factors, 2):
+        norms.append(2 * inner(x, y))
+    total = functools.reduce(operator.add, norms)
+    return total, functools.reduce(operator.add, terms) if may_cancel else None
 
 
 def formed_squared_norms(factors: Sequence[Factor]) -> Array:

@@ -49,10 +49,10 @@ class Rows:
           ValueError: max_norm is negative or NaN; weights is not (n,).
         """
         _validate.non_negative("max_norm", max_norm)
-        weights = self._checked_weights(weights)
-        weights = 1 / self.num_examples if weights is None else weights
         norms = jnp.sqrt(self.squared_norms())
-        return self.sum(weights * jnp.minimum(1, max_norm / jnp.where(norms == 0, 1, norms)))
+        checked = self._checked_weights(weights)
+        scale = 1 / self.num_examples if checked is None else checked
+        return self.sum(scale * jnp.minimum(1, max_norm / jnp.where(norms == 0, 1, norms)))
 
     def _checked_weights(self, weights: Array | None) -> Array | None:
         if weights is None:
@@ -92,7 +92,8 @@ class Pulled:
 
         def product(cotangents: tuple[Array, ...]) -> Array:
             pulled = self.pull_back(cotangents)
-            return sum(jnp.sum(p * direction[leaf]).real for leaf, p in pulled.items())
+            products = [jnp.sum(p * direction[leaf]).real for leaf, p in pulled.items()]
+            return functools.reduce(operator.add, products)
 
         return jax.grad(product)(zeros)
 

@@ -72,7 +72,7 @@ class _Product(NamedTuple):
             for k, d in enumerate(spread.places)
             if d is None or (d in self.axes and d not in others)
         ]
-        dims = [d for k, d in enumerate(spread.places) if k not in gone]
+        dims = [d for k, d in enumerate(spread.places) if k not in gone and d is not None]
         return (jnp.sum(value, axis=gone) if gone else value), dims
 
 
@@ -123,7 +123,7 @@ def with_products(jaxpr: Jaxpr) -> Jaxpr:
     )
 
 
-def _find(jaxpr: Jaxpr) -> dict[Any, _Product]:
+def _find(jaxpr: Any) -> dict[Any, _Product]:
     """Returns the products by the variable of their sum."""
     if not any(eqn.primitive.name == "reduce_sum" for eqn in jaxpr.eqns):
         return {}
@@ -159,7 +159,7 @@ def _find(jaxpr: Jaxpr) -> dict[Any, _Product]:
 def _spread(atom: Any, made: dict[Any, Any]) -> _Spread:
     """Returns the value that an operand is broadcast from, and where its dimensions went."""
     places: list[int | None] = list(range(len(atom.aval.shape)))
-    while isinstance(atom, Var) and atom in made:
+    while not isinstance(atom, Literal) and atom in made:
         eqn = made[atom]
         if eqn.primitive.name not in ("broadcast_in_dim", "reshape") or len(eqn.invars) != 1:
             break

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, Literal, Var, jaxpr_as_fun
@@ -163,10 +164,10 @@ def _is_small_integer(value: Any) -> bool:
     return is_integer and np.size(value) <= 1 << 12
 
 
-def _as_call(jaxpr: Jaxpr, eqn: Any) -> Callable[..., Sequence[Any]]:
+def _as_call(jaxpr: Any, eqn: Any) -> Callable[..., Sequence[Any]]:
     """Returns an equation as a function of all its operands, literals among them."""
     variables = list(dict.fromkeys(a for a in eqn.invars if isinstance(a, Var)))
-    outputs = list(eqn.outvars)
+    outputs: list[Any] = list(eqn.outvars)
     alone = jaxpr.replace(
         constvars=[],
         invars=variables,
@@ -180,11 +181,15 @@ def _as_call(jaxpr: Jaxpr, eqn: Any) -> Callable[..., Sequence[Any]]:
     def call(*values: Any) -> Sequence[Any]:
         found = iter(function(*(values[k] for k in first)))
         return [
-            jnp.zeros(v.aval.shape, v.aval.dtype) if isinstance(v, DropVar) else next(found)
+            _zeros_like(v.aval) if isinstance(v, DropVar) else next(found)
             for v in outputs
         ]
 
     return call
+
+
+def _zeros_like(aval: Any) -> Array:
+    return jnp.zeros(aval.shape, aval.dtype)
 
 
 def _varying(entry: Entry, value: Any) -> frozenset[int] | None:
@@ -337,11 +342,12 @@ def _split(entry: Entry, output: Slot, position: int) -> Callable[[Layout], Layo
 
 def _dynamic_slice(entry: Entry, output: Slot, position: int) -> Callable[[Layout], Layout | None]:
     shape, sizes = entry.inputs[0].value.shape, output.value.shape
-    if position != 0 or any(s.static is None for s in entry.inputs[1:]):
+    known = [s.static for s in entry.inputs[1:] if s.static is not None]
+    if position != 0 or len(known) < len(shape):
         return lambda layout: None
     starts = [
-        min(max(int(s.static), 0), full - size)
-        for s, full, size in zip(entry.inputs[1:], shape, sizes, strict=True)
+        min(max(int(start), 0), full - size)
+        for start, full, size in zip(known, shape, sizes, strict=True)
     ]
     return lambda layout: layout.windowed(shape, starts)
 
@@ -534,7 +540,7 @@ def _custom(entry: Entry, output: Slot, position: int, factor: Factor) -> list[F
     return _times(factor, derivative, frozenset(range(like.ndim)))
 
 
-def _acts_entry_by_entry(jaxpr: Jaxpr, shape: tuple[int, ...]) -> bool:
+def _acts_entry_by_entry(jaxpr: Any, shape: tuple[int, ...]) -> bool:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("jit", "pjit"):
             if not _acts_entry_by_entry(open_jaxpr(eqn.params["jaxpr"])[0], shape):
@@ -654,7 +660,7 @@ def _without_scale(factor: Outer, gone: set[int]) -> Outer | None:
     """
     layout, scale = factor.layout, factor.scale
     left, right = ({a for a in p if layout.axes[a].size > 1} for p in (layout.left, layout.right))
-    if right <= gone:
+    if scale is not None and right <= gone:
         applied = einsum("hab,nhtb->nhta", scale, factor.right).astype(factor.left.dtype)
         ones = jnp.ones_like(factor.right) / factor.right.shape[-1]
         return Outer(factor.left * applied, ones, layout)

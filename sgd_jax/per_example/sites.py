@@ -56,9 +56,15 @@ class Rule(Protocol):
     A rule is found by the name of the primitive; see `sgd_jax.per_example.rules`.
     """
 
-    name: str
-    expands: bool
-    """Whether the factor is much larger than what is kept, as patches of an image are."""
+    @property
+    def name(self) -> str:
+        """The words of `explain` for it."""
+        ...
+
+    @property
+    def expands(self) -> bool:
+        """Whether the factor is much larger than what is kept, as patches of an image are."""
+        ...
 
     @classmethod
     def of(cls, eqn: Any, operand: int) -> "Rule | None":

@@ -394,13 +394,11 @@ def _counted(body: Jaxpr, before: Any, after: Any) -> int | None:
         if after in eqn.outvars and eqn.primitive.name in ("add", "sub"):
             for k, atom in enumerate(eqn.invars):
                 other = eqn.invars[1 - k]
-                is_step = isinstance(other, Literal) and jnp.issubdtype(
-                    before.aval.dtype, jnp.integer
-                )
-                if atom is before and is_step and before.aval.shape == ():
-                    if eqn.primitive.name == "add":
-                        return int(other.val)
-                    return -int(other.val) if k == 0 else None
+                is_integer = jnp.issubdtype(before.aval.dtype, jnp.integer)
+                if atom is before and isinstance(other, Literal) and is_integer:
+                    if before.aval.shape or (eqn.primitive.name == "sub" and k == 1):
+                        return None
+                    return int(other.val) if eqn.primitive.name == "add" else -int(other.val)
     return None
 
 

@@ -321,7 +321,7 @@ def _materialized(
     return answer, PerExampleGrads(tuple((Dense(v),) for v in values), None, treedef, shapes, n)
 
 
-def _map_factors(landed: Landed, change: Callable[[Factor], Any]) -> Landed:
+def _map_factors(landed: Landed, change: Callable[[Any], Any]) -> Landed:
     return Landed(
         {k: [change(f) for f in factors] for k, factors in landed.leaves.items()},
         {k: [change(f) for f in factors] for k, factors in landed.stopped.items()},
@@ -350,7 +350,7 @@ def _materialize(landed: Landed, lead: bool) -> Landed:
 
 
 def _wrap(formed: Landed) -> Landed:
-    return _map_factors(formed, Dense)
+    return _map_factors(formed, lambda values: Dense(values))
 
 
 def _form_if_cheaper(landed: Landed) -> Landed:
