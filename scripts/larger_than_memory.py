@@ -22,6 +22,7 @@ import json
 import mmap
 import os
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from absl import app, flags, logging
@@ -164,8 +165,9 @@ def _ask(worker: subprocess.Popen, question: dict[str, int]) -> dict:
     worker.stdin.flush()
     line = worker.stdout.readline()
     if not line:
+        command = shlex.join(map(str, cast(list, worker.args)))
         sys.exit(
-            f"error: {' '.join(map(str, worker.args))} ended with exit code {worker.wait()}; its "
+            f"error: {command} ended with exit code {worker.wait()}; its "
             f"own output says why. If memory is short, raise --cap_mib={_CAP_MIB.value}, or lower "
             f"--chunk_mib={_CHUNK_MIB.value:g}: two chunks are in memory at a time"
         )

@@ -114,12 +114,11 @@ def clipped(max_norm: float | Array) -> MakeEstimator:
             del key
             rows, weights, is_empty = chosen(examples, sample)
             costs, grads = value_and_grad(params, rows)
-            scale = _clip(grads.squared_norms(), max_norm)
-            present = sample.indices >= 0
-            share = jnp.sum(present & (scale < 1)) / jnp.maximum(jnp.sum(present), 1)
+            is_clipped = (sample.indices >= 0) & (grads.squared_norms() > max_norm**2)
+            share = jnp.sum(is_clipped) / jnp.maximum(jnp.sum(sample.indices >= 0), 1)
             cost, gradient = jax.tree.map(
                 lambda value: jnp.where(is_empty, jnp.zeros_like(value), value),
-                (_dot(weights, costs), grads.sum(weights * scale)),
+                (_dot(weights, costs), grads.clipped_mean(max_norm, weights)),
             )
             return cost, gradient, {"clipped": share}, state
 
@@ -182,10 +181,10 @@ def private(
             costs, grads = value_and_grad(params, rows)
             if expected_size is None:
                 size = jnp.where(is_empty, size, (1 / jnp.max(weights)).astype(size.dtype))
-            scale = _clip(grads.squared_norms(), max_norm)
-            valid = jnp.where(jnp.isnan(weights), weights, sample.indices >= 0)
+            valid = jnp.where(jnp.isnan(weights), weights, sample.indices >= 0)  # 1 each
             total = jax.tree.map(
-                lambda g: jnp.where(is_empty, jnp.zeros_like(g), g), grads.sum(valid * scale)
+                lambda g: jnp.where(is_empty, jnp.zeros_like(g), g),
+                grads.clipped_mean(max_norm, valid),
             )
             noise = optax.tree.random_like(key, params, jax.random.normal)
             deviation = noise_multiplier * max_norm
@@ -300,12 +299,6 @@ def _nothing(params: Params, examples: Examples) -> PyTree:
 
 def _dot(weights: Array, costs: Array) -> Array:
     return jnp.dot(weights.astype(costs.dtype), costs)
-
-
-def _clip(squared_norms: Array, max_norm: float | Array) -> Array:
-    """min(1, max_norm/‖g_k‖); 1 for a gradient of zero."""
-    norms = jnp.sqrt(squared_norms)
-    return jnp.minimum(1, jnp.asarray(max_norm, norms.dtype) / jnp.where(norms > 0, norms, 1))
 
 
 def _mean_gradient(fun: CostFn, params: Params, examples: Examples) -> Params:
