@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,17 @@ def circumstances() -> dict:
     return {"commit": commit, "date": time.strftime("%Y-%m-%d"), "where": where}
 
 
+def packages(model: Model) -> dict[str, str]:
+    """Returns the versions of the packages that a model needs."""
+    installed = metadata.packages_distributions()
+    names = {name for module in model.needs for name in installed.get(module, [])}
+    return {name: metadata.version(name) for name in sorted(names)}
+
+
 def measure(model: Model, num_rounds: int, passes: Sequence[str]) -> dict:
     """Returns the row of one model; what a pass raises is in the row."""
     row: dict[str, Any] = {"model": model.name, "source": model.source, **circumstances()}
+    row["packages"] = packages(model)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     row["load_before"] = load
     measures: dict[str, Callable[[Model], dict]] = {
@@ -271,7 +280,6 @@ def times(case: Case, num_rounds: int) -> dict:
         "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
         "num_examples": jax.tree.leaves(examples)[0].shape[0],
         "contenders": compiled,
-        "explain": explained,
         "fell_back": models_table.fell_back(explained),
     }
 

@@ -1,6 +1,7 @@
 """The claims of scripts/benchmark.py --suite=models: wrong numbers and exceptions become rows."""
 
 import json
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,7 @@ def test_a_child_measures_a_model_by_name(tmp_path):
     (model,) = models.select(["optax.ctc"])
     (row,) = models._run_child([model], 1, tmp_path / "models.jsonl", ["exactness"])
     assert "error" not in row
+    assert row["packages"]["optax"] == metadata.version("optax")
     assert max(row["errors"].values()) < models_table.EXACT
 
 
