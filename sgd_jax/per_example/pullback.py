@@ -180,10 +180,7 @@ def _as_call(jaxpr: Any, eqn: Any) -> Callable[..., Sequence[Any]]:
 
     def call(*values: Any) -> Sequence[Any]:
         found = iter(function(*(values[k] for k in first)))
-        return [
-            _zeros_like(v.aval) if isinstance(v, DropVar) else next(found)
-            for v in outputs
-        ]
+        return [_zeros_like(v.aval) if isinstance(v, DropVar) else next(found) for v in outputs]
 
     return call
 
