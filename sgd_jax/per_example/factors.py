@@ -359,11 +359,19 @@ def _sum_of_outer(left: Array, right: Array, scale: Array | None) -> Array:
     return jnp.matmul(transposed, columns, preferred_element_type=promote(dtype, jnp.float32))
 
 
+def is_larger_than_formed(factor: Factor) -> bool:
+    """Whether g_i is at most half as large as its factors: t(a + b) ≥ 2ab."""
+    if not isinstance(factor, Outer) or factor.num_terms == 1 or factor.is_indexed:
+        return False
+    _, a, b = factor.layout.sizes()
+    return factor.num_terms * (a + b) >= 2 * a * b
+
+
 def prefers_forming(factor: Factor) -> bool:
     """Whether materializing g_i at once costs less than keeping its factors, as a rule.
 
     It does if g_i is at most half as large as its factors, as with the kernels of convolutions, or
-    if norms and sum take less time from g_i (one product, and three passes over its a·b numbers)
+    if norms and sum take less time from g_i (one product, and five passes over its a·b numbers)
     than from the factors (the product of the sum, and the norms by `Outer.norm_route`), and g_i is
     not much larger.
     """
@@ -373,11 +381,11 @@ def prefers_forming(factor: Factor) -> bool:
     t = factor.num_terms
     if factor.is_indexed:
         return a <= t
-    if t * (a + b) >= 2 * a * b:
+    if is_larger_than_formed(factor):
         return True
     if a * b > 4 * t * (a + b):
         return False
-    formed = a * b * (2 * t + 3 * NUMBER)
+    formed = a * b * (2 * t + 5 * NUMBER)
     gram = t * t * (2 * (a + b) + 2 * NUMBER)
     norms = a * b * (2 * t + 2 * NUMBER)
     return formed < 0.95 * (2 * t * a * b + min(gram if factor.scale is None else norms, norms))

@@ -170,6 +170,8 @@ class Convolution:
             layout = Layout.of(cut, groups, offsets + rows, columns)
         else:
             layout = Layout.of(cut, groups, rows, offsets + columns)
+        # The barrier keeps XLA from computing the patches again inside of each product.
+        left, right = jax.lax.optimization_barrier((left, right))
         return Outer(left, right, layout.reshaped(site.value_shape()))
 
     def _scatters(self) -> bool:
@@ -400,10 +402,6 @@ def _pad(array: Array, lead: int, padding: Sequence[tuple[int, int, int]]) -> Ar
     return jax.lax.pad(array, jnp.zeros([], array.dtype), config)
 
 
-_MANY = 8
-"""Windows of more offsets along an axis are gathered, not sliced, so that compiling stays cheap."""
-
-
 def _windows(
     images: Array,
     lead: int,
@@ -429,20 +427,14 @@ def _windows(
 def _windows_along(
     images: Array, axis: int, geometry: tuple[int, int, int, int], new_axis: int
 ) -> Array:
-    """Replaces an axis by its ``count`` window positions; offsets go to ``new_axis``."""
+    """Replaces an axis by its ``count`` window positions; offsets go to ``new_axis``.
+
+    By one gather, faster than a slice an offset and compiled in a fraction of the time.
+    """
     k, count, stride, dilation = geometry
     if k == stride and dilation == 1:
         images = jax.lax.slice_in_dim(images, 0, count * k, axis=axis)
         shape = (*images.shape[:axis], count, k, *images.shape[axis + 1 :])
         return jnp.moveaxis(images.reshape(shape), axis + 1, new_axis)
-    if k > _MANY:
-        starts = jnp.arange(count) * stride
-        index = starts[:, None] + jnp.arange(k) * dilation  # (count, k)
-        return jnp.moveaxis(jnp.take(images, index, axis=axis), axis + 1, new_axis)
-    slices = [
-        jax.lax.slice_in_dim(
-            images, o * dilation, o * dilation + (count - 1) * stride + 1, stride, axis
-        )
-        for o in range(k)
-    ]
-    return jnp.stack(slices, axis=new_axis)
+    index = (jnp.arange(count) * stride)[:, None] + (jnp.arange(k) * dilation)[None]  # (count, k)
+    return jnp.moveaxis(jnp.take(images, index, axis=axis), axis + 1, new_axis)

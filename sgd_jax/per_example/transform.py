@@ -150,7 +150,7 @@ class Collected:
             if (self.trace.sites[site].rule.expands)
             else None
         )
-        if forms and shape is not None and _any_prefers_forming(shape):
+        if forms and shape is not None and _any_is_larger_than_formed(shape):
             # Formed in a loop over a few groups of examples: their patches then need not exist all
             # at once.
             def form(example: tuple[Array, Any]) -> Landed:
@@ -339,9 +339,9 @@ def _canonical(landed: Landed) -> Landed:
     return _map_factors(landed, change)
 
 
-def _any_prefers_forming(landed: Landed) -> bool:
+def _any_is_larger_than_formed(landed: Landed) -> bool:
     both = (*landed.leaves.values(), *landed.stopped.values())
-    return any(F.prefers_forming(f) for factors in both for f in factors)
+    return any(F.is_larger_than_formed(f) for factors in both for f in factors)
 
 
 def _materialize(landed: Landed, lead: bool) -> Landed:
