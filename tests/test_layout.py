@@ -1,4 +1,4 @@
-"""Views and layouts hold the entries that NumPy's indexing holds, after any moves in a row."""
+"""A layout says where NumPy's indexing has moved the entries of matrices, after any moves."""
 
 import math
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sgd_jax.per_example.views import Axis, Layout, View
 
-SHAPES = st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4).map(tuple)
+from sgd_jax.per_example.layout import Axis, Layout
+
+SHAPES = st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=3).map(tuple)
 
 
 def arange(shape):
@@ -27,203 +28,181 @@ def factorizations(draw, size):
     return tuple(shape)
 
 
-class Viewed:
-    """A view and, beside it, the same entries as NumPy moves them.
+class Laid:
+    """A layout, and an array that NumPy moves along: 1, 2, … are matrix entries, 0 is none."""
 
-    The axes of the scans around the value stand first in ``entries``, ``depth`` of them.
-    """
+    def __init__(self, shape, parts):
+        dims = [[d for d, part in enumerate(parts) if part == k] for k in range(3)]
+        order = [d for part in dims for d in part]
+        self.layout = Layout.of(shape, *dims)
+        self.matrices = 1 + arange(self.layout.sizes())
+        in_order = self.matrices.reshape([shape[d] for d in order])
+        self.array = in_order.transpose(np.argsort(order)) if order else in_order
 
-    def __init__(self, shape):
-        self.shape = shape
-        self.view, self.entries, self.depth = View.whole(0, shape), arange(shape), 0
+    def move(self, layout, array):
+        """Takes a move over, unless the layout cannot make it."""
+        if layout is not None:
+            self.layout, self.array = layout, array
+        return layout is not None
 
-    @property
-    def sizes(self):
-        return self.entries.shape[self.depth :]
+    def reshaped(self, shape):
+        return self.move(self.layout.reshaped(shape), self.array.reshape(shape))
 
-    def move(self, view, entries):
-        """Takes a move over, unless it makes no view."""
-        if view is not None:
-            self.view, self.entries = view, entries
-        return view is not None
+    def transposed(self, order):
+        return self.move(self.layout.transposed(order), self.array.transpose(order))
 
-    def transpose(self, order):
-        lead = range(self.depth)
-        moved = self.entries.transpose(*lead, *(self.depth + d for d in order))
-        return self.move(self.view.transpose(order), moved)
+    def windowed(self, shape, starts):
+        larger = np.zeros(shape, int)
+        window = zip(starts, self.array.shape, strict=True)
+        larger[tuple(slice(start, start + size) for start, size in window)] = self.array
+        return self.move(self.layout.windowed(shape, starts), larger)
 
-    def squeeze(self, dims):
-        squeezed = np.squeeze(self.entries, tuple(self.depth + d for d in dims))
-        return self.move(self.view.squeeze(dims), squeezed)
+    def swapped(self):
+        self.matrices = self.matrices.swapaxes(1, 2)
+        return self.move(self.layout.swapped(), self.array)
 
-    def reshape(self, sizes):
-        reshaped = self.entries.reshape(self.entries.shape[: self.depth] + sizes)
-        return self.move(self.view.reshape(sizes), reshaped)
+    def canonical(self):
+        return self.move(self.layout.canonical(), self.array)
 
-    def slice(self, starts, sizes):
-        windows = tuple(slice(b, b + s) for b, s in zip(starts, sizes, strict=True))
-        cut = self.entries[(slice(None),) * self.depth + windows]
-        return self.move(self.view.slice(starts, sizes), cut)
+    def places(self):
+        """Where in the flat array the entries of the matrices are."""
+        order = np.argsort(self.array, axis=None)[-self.matrices.size :]
+        return order[self.matrices - 1]
 
-    def scaled(self, factor):
-        return self.move(self.view.scaled(factor), self.entries * factor)
-
-    def unstack(self):
-        unstacked = self.move(self.view.unstack(), self.entries)
-        self.depth += unstacked
-        return unstacked
+    def assert_right(self):
+        assert self.layout.shape == self.array.shape
+        both = np.stack([self.matrices, -self.matrices])  # with a leading axis of examples
+        np.testing.assert_array_equal(
+            self.layout.to_array(both), np.stack([self.array, -self.array])
+        )
+        other = 5 + arange(self.array.shape)  # nothing is zero outside
+        found = self.layout.from_array(np.stack([other, -other]))
+        np.testing.assert_array_equal(found[0], other.reshape(-1)[self.places()])
+        np.testing.assert_array_equal(found[1], -found[0])
 
 
 @st.composite
-def viewed(draw, shape=None):
-    """A view of a leaf after some moves that the leaf's shape allows."""
-    made = Viewed(shape or draw(SHAPES))
-    for _ in range(draw(st.integers(0, 4))):
-        sizes = made.sizes
-        name = draw(st.sampled_from(["transpose", "squeeze", "reshape", "slice", "scaled", "scan"]))
-        if name == "transpose":
-            made.transpose(draw(st.permutations(range(len(sizes)))))
-        elif name == "squeeze":
-            ones = [d for d, size in enumerate(sizes) if size == 1]
-            made.squeeze(draw(st.sets(st.sampled_from(ones))) if ones else ())
-        elif name == "reshape":
-            made.reshape(draw(factorizations(math.prod(sizes))))
-        elif name == "slice":
-            starts = [draw(st.integers(0, size - 1)) for size in sizes]
-            made.slice(
-                starts,
-                [draw(st.integers(1, size - b)) for b, size in zip(starts, sizes, strict=True)],
-            )
-        elif name == "scaled":
-            made.scaled(draw(st.sampled_from([-1.0, 0.5, 3.0])))
-        elif sizes:
-            made.unstack()
+def laid(draw, shape=None):
+    """A layout after some moves; they end in an array of `shape`, if one is given."""
+    start = shape or draw(SHAPES)
+    if shape:
+        start = tuple(draw(st.integers(1, size)) for size in shape)
+    made = Laid(start, [draw(st.integers(0, 2)) for _ in start])
+    for _ in range(draw(st.integers(0, 4)) if not shape else 0):
+        sizes = made.array.shape
+        move = draw(st.sampled_from(["transpose", "reshape", "window", "swap", "canonical"]))
+        if move == "transpose":
+            made.transposed(draw(st.permutations(range(len(sizes)))))
+        elif move == "reshape":
+            made.reshaped(draw(factorizations(math.prod(sizes))))
+        elif move == "window":
+            around = [(draw(st.integers(0, 2)), draw(st.integers(0, 2))) for _ in sizes]
+            larger = tuple(a + n + b for (a, b), n in zip(around, sizes, strict=True))
+            made.windowed(larger, tuple(a for a, _ in around))
+        elif move == "swap":
+            made.swapped()
+        else:
+            made.canonical()
+    if shape:
+        made.windowed(
+            shape, [draw(st.integers(0, n - m)) for n, m in zip(shape, start, strict=True)]
+        )
     return made
 
 
-def layout_of(made, parts):
-    """The layout whose part runs over dimension d where parts[d] says, and the entries so laid."""
-    dims = [[d for d, part in enumerate(parts) if part == k] for k in range(3)]
-    layout = Layout.of(made.view, made.shape, *dims)
-    order = [*range(made.depth), *(made.depth + d for part in dims for d in part)]
-    return layout, made.entries.transpose(order).reshape(layout.sizes())
-
-
-def parts_of(data, made):
-    """Which of group, left and right each dimension goes to."""
-    return [data.draw(st.integers(0, 2)) for _ in made.sizes]
-
-
-@given(viewed(), st.data())
-@settings(max_examples=60)
-def test_a_layout_takes_the_entries_of_the_view_out_of_the_leaf(made, data):
-    layout, entries = layout_of(made, parts_of(data, made))
-    leaf = arange(made.shape)
-    found = layout.from_leaf(np.stack([leaf, -leaf]))  # with a leading axis of examples
-    np.testing.assert_array_equal(made.view.scale * found, np.stack([entries, -entries]))
-    np.testing.assert_array_equal(layout.from_leaf(leaf), found[0])
-    np.testing.assert_array_equal(layout.swapped().from_leaf(leaf), found[0].swapaxes(1, 2))
+@given(laid())
+@settings(max_examples=40)
+def test_after_any_moves_entries_are_put_and_taken_where_numpy_has_moved_them(made):
+    made.assert_right()
 
 
 @pytest.mark.parametrize(
-    ("shape", "moves"),
+    ("shape", "parts", "moves"),
     [
-        ((6,), lambda made: [made.slice([1], [5]), made.slice([2], [3])]),
+        ((2,), [1], lambda made: [made.windowed((4,), [1]), made.windowed((7,), [2])]),
         (
-            (4, 3),  # the axis that a scan runs over stands behind the one that is cut in two
-            lambda made: [made.transpose([1, 0]), made.unstack(), made.reshape((2, 2))],
+            (2, 3, 4),
+            [2, 0, 1],
+            lambda made: [made.reshaped((6, 2, 2)), made.transposed([1, 0, 2])],
         ),
-        ((4, 6), lambda made: [made.transpose([1, 0]), made.reshape((3, 2, 2, 2))]),
+        (  # the window lies in one row of the shape into which it is cut
+            (2,),
+            [1],
+            lambda made: [made.windowed((8,), [5]), made.reshaped((2, 4)), made.transposed([1, 0])],
+        ),
+        (
+            (2, 3),
+            [1, 1],
+            lambda made: [made.reshaped((6,)), made.windowed((12,), [3]), made.canonical()],
+        ),
+        ((1, 3), [1, 2], lambda made: [made.windowed((4, 3), [2, 0]), made.transposed([1, 0])]),
     ],
 )
-def test_a_move_counts_from_where_the_one_before_has_led(shape, moves):
-    made = Viewed(shape)
+def test_a_move_counts_from_where_the_one_before_has_led(shape, parts, moves):
+    made = Laid(shape, parts)
     assert all(moves(made))
-    layout, entries = layout_of(made, [2] * len(made.sizes))
-    np.testing.assert_array_equal(layout.from_leaf(arange(shape)), entries)
+    made.assert_right()
 
 
-@given(viewed(), st.data())
-@settings(max_examples=20)
-def test_a_layout_puts_matrices_where_it_takes_them_from_and_zeros_elsewhere(made, data):
-    layout, _ = layout_of(made, parts_of(data, made))
-    matrices = 1.0 + arange((2, *layout.sizes()))
-    places = layout.from_leaf(arange(made.shape))  # by the test above
-    expected = np.zeros((2, math.prod(made.shape)))
-    expected[:, places] = matrices
-    leaves = layout.to_leaf(matrices)
-    np.testing.assert_array_equal(leaves, expected.reshape(2, *made.shape))
-    np.testing.assert_array_equal(layout.from_leaf(leaves), matrices)
-    swapped = layout.swapped().to_leaf(matrices.swapaxes(2, 3))
-    np.testing.assert_array_equal(swapped, leaves)
+@given(laid())
+def test_the_canonical_layout_is_the_same_and_has_no_axes_to_merge(made):
+    axes = len(made.layout.axes)
+    made.canonical()
+    assert len(made.layout.axes) <= axes
+    assert made.layout.canonical() == made.layout
+    made.assert_right()
 
 
-@given(SHAPES.flatmap(lambda shape: st.tuples(viewed(shape), viewed(shape))))
+def test_axes_that_follow_each_other_become_one():
+    assert Layout.of((2, 3), left=[0, 1]).canonical().axes == (Axis(6, 0, 6),)
+    assert len(Layout.of((2, 3), left=[0], right=[1]).canonical().axes) == 2
+    assert len(Layout.of((2, 3), left=[1, 0]).canonical().axes) == 2
+
+
+@given(laid())
+@settings(max_examples=30)
+def test_aligned_axes_lie_in_the_dimensions_of_the_shape(made):
+    aligned = made.layout.aligned()
+    if aligned is None:
+        return
+    layout, dims = aligned
+    assert [math.prod(layout.axes[a].full for a in dim) for dim in dims] == list(layout.shape)
+    assert [a for dim in dims for a in dim] == list(range(len(layout.axes)))
+    made.move(layout, made.array)
+    made.assert_right()
+
+
+def are_disjoint(one, other):
+    assert one.layout.is_disjoint(other.layout) == other.layout.is_disjoint(one.layout)
+    return one.layout.is_disjoint(other.layout)
+
+
+@given(SHAPES.flatmap(lambda shape: st.tuples(laid(shape), laid(shape))))
 @settings(max_examples=60)
-def test_what_is_called_disjoint_shares_no_entry(pair):
-    layouts = [Layout.of(v.view, v.shape, right=range(len(v.sizes))) for v in pair]
-    places = [layout.from_leaf(arange(pair[0].shape)) for layout in layouts]
-    if layouts[0].is_disjoint(layouts[1]):
-        assert not np.intersect1d(*places).size
-    assert layouts[0].is_disjoint(layouts[1]) == layouts[1].is_disjoint(layouts[0])
+@example((Laid((4,), [1]), Laid((4,), [1])))
+def test_windows_of_one_array_are_disjoint_exactly_if_they_share_no_entry(pair):
+    shared = np.intersect1d(*(made.places() for made in pair))
+    assert are_disjoint(*pair) == (shared.size == 0)
 
 
-@st.composite
-def two_windows(draw):
-    """A shape, and starts and sizes of two windows of it."""
-    shape = draw(SHAPES)
-    windows = []
-    for _ in range(2):
-        starts = [draw(st.integers(0, size - 1)) for size in shape]
-        sizes = [draw(st.integers(1, n - b)) for b, n in zip(starts, shape, strict=True)]
-        windows.append((starts, sizes))
-    return shape, windows
-
-
-@given(two_windows())
-@example(((4, 3), [([0, 0], [2, 3]), ([2, 0], [2, 3])]))
-@example(((4, 3), [([0, 0], [3, 2]), ([2, 1], [2, 2])]))
-@settings(max_examples=60)
-def test_windows_of_a_parameter_are_disjoint_exactly_if_they_share_no_entry(windows):
-    shape, cuts = windows
-    made = [Viewed(shape), Viewed(shape)]
-    for one, cut in zip(made, cuts, strict=True):
-        assert one.slice(*cut)
-    layouts = [Layout.of(one.view, shape, right=range(len(shape))) for one in made]
-    shared = np.intersect1d(made[0].entries, made[1].entries)
-    assert layouts[0].is_disjoint(layouts[1]) == (shared.size == 0)
-
-
-@given(SHAPES)
-def test_a_flat_leaf_takes_any_shape_and_any_shape_becomes_flat(shape):
-    flat = (math.prod(shape),)
-    for before, after in ((flat, shape), (shape, flat)):
-        made = Viewed(before)
-        assert made.reshape(after)
-        layout, entries = layout_of(made, [2] * len(after))
-        np.testing.assert_array_equal(layout.from_leaf(arange(before)), entries)
+@pytest.mark.parametrize(("start", "disjoint"), [(1, False), (2, True), (3, True)])
+def test_windows_that_touch_are_disjoint(start, disjoint):
+    first, second = Laid((2, 3), [1, 2]), Laid((2, 3), [1, 2])
+    first.windowed((5, 3), [0, 0])
+    second.windowed((5, 3), [start, 0])
+    assert are_disjoint(first, second) == disjoint
 
 
 @pytest.mark.parametrize(
-    ("shape", "move"),
+    "move",
     [
-        ((2, 3), lambda view: view.reshape((3, 2))),  # the axis of 3 would be cut unevenly
-        ((2, 3), lambda view: view.reshape((6,)).slice([1], [4])),  # a window of two axes
-        ((2, 3), lambda view: view.reshape((6,)).unstack()),
-        ((6,), lambda view: view.slice([1], [4]).reshape((2, 2))),  # a window would be cut
-        ((2, 3), lambda view: view.reshape((0,))),
+        # a window of six in rows of four lies in parts of two
+        lambda: Layout.of((6,), left=[0]).windowed((8,), [1]).reshaped((2, 4)).transposed([1, 0]),
+        lambda: Layout.of((6,), left=[0]).windowed((8,), [1]).reshaped((2, 4)).aligned(),
+        # rows of three, and a window that does not begin or end with one
+        lambda: Layout.of((2, 3), left=[0], right=[1]).reshaped((6,)).windowed((9,), [1]),
+        lambda: Layout.of((2, 3), left=[0], right=[1]).reshaped((6,)).windowed((8,), [0]),
     ],
 )
-def test_what_is_no_view_is_none(shape, move):
-    assert move(View.whole(0, shape)) is None
-
-
-def test_the_first_axes_of_a_whole_leaf_may_be_those_of_scans():
-    view = View.whole(0, (2, 1, 3), num_stacked=2)
-    made = Viewed((2, 1, 3))
-    made.unstack()
-    made.unstack()
-    assert view.dims == made.view.dims == ((2,),)
-    assert view.axes == (Axis(2, 0, 2), Axis(1, 0, 1), Axis(3, 0, 3))
-    layout = Layout.of(view, (2, 1, 3), right=[0])
-    np.testing.assert_array_equal(layout.from_leaf(arange((2, 1, 3)))[:, 0], [[0, 1, 2], [3, 4, 5]])
+def test_what_is_no_layout_is_none(move):
+    assert move() is None
