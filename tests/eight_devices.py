@@ -69,18 +69,21 @@ def samples(mesh):
 
     @jax.jit
     def draw(key):
-        return {
-            "without_replacement": sampling.without_replacement(key, N, M, mesh=mesh),
-            "with_replacement": sampling.with_replacement(key, N, M, mesh=mesh),
-            "poisson": sampling.poisson(key, N, M, max_size=15, mesh=mesh),
-            "stratified": sampling.stratified(key, strata, (3, 3, 5), mesh=mesh),
-            "importance": sampling.importance(key, p, M, mesh=mesh),
-            "antithetic": sampling.antithetic(key, order, M, mesh=mesh),
-            "plain_mean": sampling.plain_mean(jnp.array([3, 1, -1]), mesh=mesh),
-            "epoch": sampling.epoch(key, N, M, keep_last=True, mesh=mesh),
-            "fixed_order": sampling.fixed_order(order, M, mesh=mesh),
-            "cyclic": sampling.cyclic(N, M, 2, start=7, mesh=mesh),
+        drawn = {
+            "without_replacement": sampling.without_replacement(key, N, M),
+            "with_replacement": sampling.with_replacement(key, N, M),
+            "poisson": sampling.poisson(key, N, M, max_size=15),
+            "stratified": sampling.stratified(key, strata, (3, 3, 5)),
+            "importance": sampling.importance(key, p, M),
+            "antithetic": sampling.antithetic(key, order, M),
+            "plain_mean": sampling.plain_mean(jnp.array([3, 1, -1])),
+            "epoch": sampling.epoch(key, N, M, keep_last=True),
+            "fixed_order": sampling.fixed_order(order, M),
+            "cyclic": sampling.cyclic(N, M, 2, start=7),
         }
+        if mesh is None:
+            return drawn
+        return {name: sharding.lay_out(sample, mesh) for name, sample in drawn.items()}
 
     drawn = draw(jax.random.key(5))
     num = 1 if mesh is None else sharding.num_shards(mesh)

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sgd_jax import _validate
+from sgd_jax.sampling import Sample
 from sgd_jax.typing import Examples, Params, PyTree
 
 DATA_AXIS = "data"
@@ -389,6 +390,32 @@ def state_shardings(state: PyTree, params: Params, mesh: Mesh, rules: Rules = ()
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
     """Returns arrays laid out as said; inside a program, tells the compiler to."""
     return jax.tree.map(_put, tree, shardings)
+
+
+def lay_out(sample: Sample | jax.Array, mesh: Mesh) -> Any:
+    """Returns a sample, or mini-batches of indices, laid out over a mesh.
+
+    Every draw is the same whatever the mesh; only where its entries lie differs.
+
+    Args:
+      sample: a `Sample`, stacked or not, or indices; the last axis is the mini-batch.
+      mesh: D devices along ``"data"``.
+
+    Returns:
+      The same entries, the last axis padded to a multiple of D, with indices of −1 (no example) and
+      weights of 0, and sharded along ``"data"``.
+    """
+    if isinstance(sample, Sample):
+        return Sample(_lay_out(sample.indices, mesh, -1), _lay_out(sample.weights, mesh, 0))
+    return _lay_out(sample, mesh, -1)
+
+
+def _lay_out(batches: jax.Array, mesh: Mesh, fill: int) -> jax.Array:
+    leading = batches.ndim - 1
+    missing = -batches.shape[-1] % num_shards(check_mesh(mesh))
+    if missing:
+        batches = jnp.pad(batches, [(0, 0)] * leading + [(0, missing)], constant_values=fill)
+    return place(batches, NamedSharding(mesh, PartitionSpec(*[None] * leading, DATA_AXIS)))
 
 
 def on_each_shard(

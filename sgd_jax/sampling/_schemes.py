@@ -9,9 +9,7 @@ given as concrete values are checked; a traced array cannot be, and one that wou
 gives weights of NaN instead. Two schemes that get the same key do not draw independently: with and
 without replacement share their last index in 99 % of draws. Give each a key of its own.
 
-With ``mesh=`` the same mini-batch is laid out over devices, cut along the mesh axis ``"data"``: the
-draw does not depend on the mesh, and where m is no multiple of the devices, entries of −1 and
-weight 0 fill it up at the end. See `sgd_jax.sharding`.
+`sj.sharding.lay_out` lays a draw out over a mesh.
 """
 
 import math
@@ -22,10 +20,8 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sgd_jax import _validate
-from sgd_jax.distributed import sharding
 from sgd_jax.typing import Array
 
 _HALF = 31
@@ -49,9 +45,7 @@ class Sample(NamedTuple):
     """Shape (m,); they contain the 1/m or what stands for it."""
 
 
-def epoch(
-    key: Array, n: int, m: int, *, keep_last: bool = False, mesh: Mesh | None = None
-) -> Array:
+def epoch(key: Array, n: int, m: int, *, keep_last: bool = False) -> Array:
     """Returns the mini-batches of one epoch by random reshuffling.
 
     A uniformly random permutation of the n examples is cut into consecutive mini-batches of m,
@@ -65,7 +59,6 @@ def epoch(
       n: number of examples.
       m: mini-batch size, 1 ≤ m ≤ n; m = n is full-batch gradient descent.
       keep_last: keep the short last mini-batch.
-      mesh: devices to lay the mini-batch out over, see above.
 
     Returns:
       int32 indices, shape (n // m, m), or (⌈n / m⌉, m) with ``keep_last=True``.
@@ -85,12 +78,10 @@ def epoch(
     """
     n, m = _sizes(n, m)
     order = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
-    return fixed_order(order, m, keep_last=keep_last, mesh=mesh)
+    return fixed_order(order, m, keep_last=keep_last)
 
 
-def fixed_order(
-    order: Array, m: int, *, keep_last: bool = False, mesh: Mesh | None = None
-) -> Array:
+def fixed_order(order: Array, m: int, *, keep_last: bool = False) -> Array:
     """Returns the mini-batches of an epoch that takes the examples in the order given.
 
     The order is cut into rows of m, as `epoch` cuts a random one. One fixed order for a whole run,
@@ -102,7 +93,6 @@ def fixed_order(
       order: indices of the examples, shape (n,).
       m: mini-batch size, 1 ≤ m ≤ n.
       keep_last: keep the short last mini-batch, filled up with −1.
-      mesh: devices to lay the mini-batch out over, see above.
 
     Returns:
       int32 indices, shape (n // m, m), or (⌈n / m⌉, m) with ``keep_last=True``.
@@ -120,12 +110,10 @@ def fixed_order(
         batches = jnp.pad(order, (0, -n % m), constant_values=-1).reshape(-1, m)
     else:
         batches = order[: n - n % m].reshape(-1, m)
-    return lay_out(batches, mesh)
+    return batches
 
 
-def cyclic(
-    n: int, m: int, num_steps: int, start: int | Array = 0, *, mesh: Mesh | None = None
-) -> Array:
+def cyclic(n: int, m: int, num_steps: int, start: int | Array = 0) -> Array:
     """Returns mini-batches that walk round and round through examples 0 … n − 1.
 
     Row s holds (start + s·m + k) mod n for k < m: nothing is shuffled, and nothing left over is
@@ -137,7 +125,6 @@ def cyclic(
       m: mini-batch size, 1 ≤ m ≤ n.
       num_steps: number of rows.
       start: where the first row begins; to go on after ``num_steps``, start + num_steps·m.
-      mesh: devices to lay the mini-batch out over, see above.
 
     Returns:
       int32 indices, shape (num_steps, m).
@@ -153,15 +140,14 @@ def cyclic(
     steps = np.arange(_validate.positive_int("num_steps", num_steps), dtype=np.int64)
     offsets = (steps[:, None] * m + np.arange(m)) % n
     batches = (jnp.asarray(offsets, jnp.int32) + jnp.asarray(start % n, jnp.int32)) % n
-    return lay_out(batches, mesh)
+    return batches
 
 
-def plain_mean(indices: Array, *, mesh: Mesh | None = None) -> Sample:
+def plain_mean(indices: Array) -> Sample:
     """Returns the sample that averages the examples named: weights 1/(number of them).
 
     Args:
       indices: shape (m,), such as one row of an order; an entry of −1 is no example.
-      mesh: devices to lay the mini-batch out over, see above.
 
     Returns:
       A `Sample`, weights as `make_epoch` gives them: 0 where the index is −1.
@@ -175,10 +161,10 @@ def plain_mean(indices: Array, *, mesh: Mesh | None = None) -> Sample:
     """
     indices = _vector_of_indices("indices", indices)
     present = indices >= 0
-    return _lay_out(indices, jnp.where(present, 1 / jnp.sum(present), 0.0), mesh)
+    return Sample(indices, jnp.where(present, 1 / jnp.sum(present), 0.0))
 
 
-def without_replacement(key: Array, n: int, m: int, *, mesh: Mesh | None = None) -> Sample:
+def without_replacement(key: Array, n: int, m: int) -> Sample:
     """Returns m different examples, every subset of m equally likely, with weights 1/m.
 
     E‖ĝ − ∇C‖² = (n − m)/(n − 1) · tr Σ/m, Σ with 1/n: zero at m = n. The order within the sample
@@ -188,7 +174,6 @@ def without_replacement(key: Array, n: int, m: int, *, mesh: Mesh | None = None)
       key: a JAX random key.
       n: number of examples.
       m: sample size, 1 ≤ m ≤ n.
-      mesh: devices to lay the mini-batch out over, see above.
 
     Raises:
       ValueError: m < 1 or m > n.
@@ -207,17 +192,16 @@ def without_replacement(key: Array, n: int, m: int, *, mesh: Mesh | None = None)
         indices = _floyd(key, jnp.array([n]), np.array([m]))[0]
     else:
         indices = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))[:m]
-    return _lay_out(indices, jnp.full((m,), 1 / m), mesh)
+    return Sample(indices, jnp.full((m,), 1 / m))
 
 
-def with_replacement(key: Array, n: int, m: int, *, mesh: Mesh | None = None) -> Sample:
+def with_replacement(key: Array, n: int, m: int) -> Sample:
     """Returns m independent uniform draws, with weights 1/m: E‖ĝ − ∇C‖² = tr Σ/m.
 
     Args:
       key: a JAX random key.
       n: number of examples.
       m: number of draws, at least 1; it may exceed n.
-      mesh: devices to lay the mini-batch out over, see above.
 
     Raises:
       ValueError: n < 1 or m < 1.
@@ -228,12 +212,10 @@ def with_replacement(key: Array, n: int, m: int, *, mesh: Mesh | None = None) ->
     """
     n, m = _validate.positive_int("n", n), _validate.positive_int("m", m)
     indices = jax.random.randint(key, (m,), 0, n, jnp.int32)
-    return _lay_out(indices, jnp.full((m,), 1 / m), mesh)
+    return Sample(indices, jnp.full((m,), 1 / m))
 
 
-def poisson(
-    key: Array, n: int, m: int, *, max_size: int | None = None, mesh: Mesh | None = None
-) -> Sample:
+def poisson(key: Array, n: int, m: int, *, max_size: int | None = None) -> Sample:
     """Returns a Poisson sample: each example in or out independently, in with probability m/n.
 
     The number of examples K is random with mean m, and the denominator is m all the same:
@@ -249,7 +231,6 @@ def poisson(
       n: number of examples.
       m: mean sample size, 1 ≤ m ≤ n.
       max_size: length of the sample, from 1 to n; n never overflows.
-      mesh: devices to lay the mini-batch out over, see above.
 
     Raises:
       ValueError: m or max_size below 1 or above n.
@@ -276,7 +257,7 @@ def poisson(
     present = places >= 0
     weight = jnp.maximum(count, size) / size / m
     indices = jnp.where(present, order[places], -1)
-    return _lay_out(indices, jnp.where(present, weight, 0.0), mesh)
+    return Sample(indices, jnp.where(present, weight, 0.0))
 
 
 def poisson_max_size(n: int, m: int, overflow: float = 1e-9) -> int:
@@ -298,9 +279,7 @@ def poisson_max_size(n: int, m: int, overflow: float = 1e-9) -> int:
     return min(n, m + math.ceil(log / 3 + math.sqrt(log**2 / 9 + 2 * log * m)))
 
 
-def stratified(
-    key: Array, strata: Array, sizes: Sequence[int], *, mesh: Mesh | None = None
-) -> Sample:
+def stratified(key: Array, strata: Array, sizes: Sequence[int]) -> Sample:
     """Returns m_h examples of each stratum h, drawn without replacement within it.
 
     Weights are W_h/m_h with W_h = n_h/n the stratum's share of all examples, so ĝ is unbiased
@@ -312,7 +291,6 @@ def stratified(
       strata: the stratum of each example, integers 0 … H − 1, shape (n,): labels, for instance.
         Given as a concrete array it is checked and grouped once; a traced one is sorted each time.
       sizes: m_h, H whole numbers, 1 ≤ m_h ≤ n_h.
-      mesh: devices to lay the mini-batch out over, see above.
 
     Returns:
       A `Sample` of Σ_h m_h examples, stratum after stratum.
@@ -354,10 +332,10 @@ def stratified(
     rows, columns = np.nonzero(np.arange(most)[None, :] < np.array(sizes)[:, None])
     indices = members[(places + starts)[rows, columns]].astype(jnp.int32)
     weights = (counts / (n * jnp.array(sizes)))[rows]
-    return _lay_out(indices, jnp.where(valid, weights, jnp.nan), mesh)
+    return Sample(indices, jnp.where(valid, weights, jnp.nan))
 
 
-def importance(key: Array, probabilities: Array, m: int, *, mesh: Mesh | None = None) -> Sample:
+def importance(key: Array, probabilities: Array, m: int) -> Sample:
     """Returns m independent draws, example i with probability p_i, with weights 1/(m n p_i).
 
     E‖ĝ − ∇C‖² = (1/m)(1/n² Σ_i ‖g_i‖²/p_i − ‖∇C‖²), least at p_i ∝ ‖g_i‖ (`optimal_probabilities`).
@@ -370,7 +348,6 @@ def importance(key: Array, probabilities: Array, m: int, *, mesh: Mesh | None = 
       key: a JAX random key.
       probabilities: p, shape (n,), p_i ≥ 0, Σ p_i = 1 to within 10⁻⁵.
       m: number of draws, at least 1; it may exceed n.
-      mesh: devices to lay the mini-batch out over, see above.
 
     Raises:
       ValueError: p is not a vector, is empty, has a negative or non-finite entry or one in
@@ -404,7 +381,7 @@ def importance(key: Array, probabilities: Array, m: int, *, mesh: Mesh | None = 
     indices = _first_above(upper, _draw_below(key, m, (upper[0][-1], upper[1][-1])))
     share = _as_float((units[0][indices], units[1][indices]))
     weights = _as_float((upper[0][-1], upper[1][-1])) / share / (m * n)
-    return _lay_out(indices, jnp.where(valid, weights, jnp.nan), mesh)
+    return Sample(indices, jnp.where(valid, weights, jnp.nan))
 
 
 _Pair = tuple[Array, Array]
@@ -461,7 +438,7 @@ def _first_above(upper: _Pair, drawn: _Pair) -> Array:
     return jax.lax.fori_loop(0, max(1, (n - 1).bit_length()), halve, ends)[1]
 
 
-def antithetic(key: Array, order: Array, m: int, *, mesh: Mesh | None = None) -> Sample:
+def antithetic(key: Array, order: Array, m: int) -> Sample:
     """Returns m/2 mirrored pairs, drawn without replacement among the n/2 pairs; weights 1/m.
 
     Example order[r] is paired with order[n − 1 − r]. Where the order sorts the examples by
@@ -474,7 +451,6 @@ def antithetic(key: Array, order: Array, m: int, *, mesh: Mesh | None = None) ->
       key: a JAX random key.
       order: a permutation of the examples, shape (n,), n even.
       m: sample size, even, 2 ≤ m ≤ n.
-      mesh: devices to lay the mini-batch out over, see above.
 
     Returns:
       A `Sample`; entry k is paired with entry k + m/2.
@@ -496,33 +472,7 @@ def antithetic(key: Array, order: Array, m: int, *, mesh: Mesh | None = None) ->
         )
     pairs = without_replacement(key, n // 2, m // 2).indices
     indices = jnp.concatenate([order[pairs], order[n - 1 - pairs]])
-    return _lay_out(indices, jnp.full((m,), 1 / m), mesh)
-
-
-def lay_out(batches: Array, mesh: Mesh | None, *, fill: int = -1) -> Array:
-    """Returns mini-batches of indices laid out over a mesh, filled up with −1: no example.
-
-    Args:
-      batches: indices, the last axis the mini-batch.
-      mesh: devices, D of them along ``"data"``; None leaves the indices as they are.
-      fill: what to fill up with; 0 for weights.
-
-    Returns:
-      The same entries, the last axis filled up to a multiple of D and cut along ``"data"``.
-    """
-    if mesh is None:
-        return batches
-    mesh, leading = sharding.check_mesh(mesh), batches.ndim - 1
-    missing = -batches.shape[-1] % sharding.num_shards(mesh)
-    if missing:
-        widths = [(0, 0)] * leading + [(0, missing)]
-        batches = jnp.pad(batches, widths, constant_values=fill)
-    spec = PartitionSpec(*[None] * leading, sharding.DATA_AXIS)
-    return sharding.place(batches, NamedSharding(mesh, spec))
-
-
-def _lay_out(indices: Array, weights: Array, mesh: Mesh | None) -> Sample:
-    return Sample(lay_out(indices, mesh), lay_out(weights, mesh, fill=0))
+    return Sample(indices, jnp.full((m,), 1 / m))
 
 
 def check_probabilities(probabilities: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sgd_jax import _validate, sampling
+from sgd_jax import _validate
 from sgd_jax.distributed import sharding
 from sgd_jax.estimation._estimate import checked_weights
 from sgd_jax.estimation.estimators import MakeEstimator
@@ -94,7 +94,8 @@ def make_epoch(
         if own_rows and mesh is not None:
             _check_pieces(num_rows, indices.shape[1], sharding.num_shards(mesh))
             num_rows //= sharding.num_shards(mesh)
-        batches = _lay_out(batches, mesh)
+        if mesh is not None:
+            batches = sharding.lay_out(batches, mesh)
 
         def step(state: TrainState, batch: tuple[Examples, Array]) -> tuple[TrainState, StepInfo]:
             return update.on_rows(state, *batch)
@@ -222,13 +223,6 @@ def _checked_batches(batches: Any) -> Any:
     if not jnp.issubdtype(jnp.result_type(batches), jnp.integer):
         raise TypeError(f"batches must hold indices, got dtype {jnp.result_type(batches)}")
     return batches.astype(jnp.promote_types(batches.dtype, jnp.int32))
-
-
-def _lay_out(batches: Any, mesh: Mesh | None) -> Any:
-    if isinstance(batches, Sample):
-        weights = sampling.lay_out(batches.weights, mesh, fill=0)
-        return Sample(sampling.lay_out(batches.indices, mesh), weights)
-    return sampling.lay_out(batches, mesh)
 
 
 def _check_pieces(n: int, m: int, num_shards: int) -> None:
