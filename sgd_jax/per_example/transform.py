@@ -228,7 +228,12 @@ def trace_example(
 
 def find_sites(fun: Callable[..., Any], params: Params, examples: Examples) -> list[Site]:
     """Returns where parameters meet an example, from one trace of ``fun`` on shapes."""
-    leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda tree: tree, params))
+    # Shapes alone: what varies over a mesh inside of shard_map has no meaning out of it.
+    leaves, treedef = jax.tree.flatten(
+        jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params
+        )
+    )
     example = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)), examples
     )
