@@ -15,9 +15,9 @@ HEADING = """# Models that other people wrote
 Each row: the largest relative error of `sum`, weighted `sum`, `mean`, `squared_norms` (also per
 leaf), `second_moment`, `inner_products`, `gram`, `clipped_mean` and `materialize` against
 `jax.vmap(jax.grad(fun))` in float64; then, in float32 and over the plain gradient of the mean cost:
-medians of the time of norms + mean, ours and by `vmap(grad)`, timed in turns in one process; trace
-and compile; temporary memory. Last, the primitives at which a gradient was written down for want of
-a rule, or the exception."""
+medians of the time of norms + mean (and the shortest of ours over the shortest), ours and by
+`vmap(grad)`, timed in turns in one process; trace and compile; temporary memory. Last, the
+primitives at which a gradient was materialized for want of a rule, or the exception."""
 EXACT = 1e-9
 """Largest relative error in float64 that counts as exact."""
 
@@ -46,7 +46,8 @@ def as_line(row: dict) -> str:
 
 
 COLUMNS = [
-    "model", "parameters", "n", "worst error", "norms + mean", "vmap(grad) + norms",
+    "model", "parameters", "n", "worst error", "norms + mean", "of minima",
+    "vmap(grad) + norms",
     "plain, ms", "compile", "memory", "memory, vmap(grad)", "fell back",
 ]  # fmt: skip
 
@@ -72,6 +73,7 @@ def as_cells(row: dict) -> list[str]:
         str(row.get("num_examples", "")),
         worst_cell,
         number(ratio(row, OURS, "median")),
+        number(ratio(row, OURS, "least")),
         number(ratio(row, VMAP, "median")),
         number(None if plain is None else plain * 1e3, 1),
         number(ratio(row, OURS, "compile_seconds")),
