@@ -135,6 +135,12 @@ def test_after_any_moves_entries_are_put_and_taken_where_numpy_has_moved_them(ma
             [1, 1],
             lambda made: [made.reshaped((6,)), made.windowed((12,), [3]), made.canonical()],
         ),
+        (  # the axis behind the one that is cut is another one afterwards
+            (4, 3),
+            [1, 2],
+            lambda made: [made.reshaped((2, 2, 3)), made.transposed([1, 0, 2])],
+        ),
+        ((2, 3), [1, 1], lambda made: [made.windowed((2, 5), [0, 1]), made.canonical()]),
         ((1, 3), [1, 2], lambda made: [made.windowed((4, 3), [2, 0]), made.transposed([1, 0])]),
     ],
 )
