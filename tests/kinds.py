@@ -243,6 +243,16 @@ CASES["embed"] = (
     draw(0, 7, 3),
     jax.random.randint(jax.random.key(1), (4, 40), 0, 7),
 )
+CASES["embed_vmapped"] = (
+    lambda p, e: sq(jax.vmap(lambda i: p[i])(e)),
+    draw(0, 90, 3),
+    jax.random.randint(jax.random.key(1), (4, 12), -95, 95),
+)
+CASES["embed_vmapped_middle"] = (
+    lambda p, e: sq(jax.vmap(lambda i, j: p[i, :, j])(e, e[::-1])),
+    draw(0, 5, 6, 3),
+    jax.random.randint(jax.random.key(1), (4, 9), 0, 5),
+)
 CASES["embed_big"] = (
     lambda p, e: sq(jnp.cumsum(p[e], 0)),
     draw(0, 90, 3),

@@ -128,3 +128,10 @@ def test_a_bound_that_is_no_norm_is_refused(bound):
     grads = sj.per_example_grad(lambda w, x: w * x)(1.0, jnp.ones(3))
     with pytest.raises(ValueError, match="max_norm="):
         grads.clipped_mean(bound)
+
+
+def test_a_lookup_of_one_row_under_vmap_is_kept_as_rows():
+    params, examples = jnp.zeros((90, 8)), jnp.zeros((4, 12), jnp.int32)
+    table = sj.explain(lambda p, e: jnp.sum(jax.vmap(lambda i: p[i])(e) ** 2), params, examples)
+    assert "rows by index" in table
+    assert "fallback" not in table

@@ -237,30 +237,43 @@ class Rows:
     """Whether the gradient of an index out of bounds is dropped, or goes to the nearest row."""
     name: str = "rows by index"
     expands: bool = False
+    columns: tuple[int, ...] = ()
+    """Where in the index vector the indices of ``row_dims`` are."""
 
     @classmethod
     def of(cls, eqn: Any, operand: int) -> "Rows | None":
-        """Returns the rule for gathering whole rows; None for gathers of partial windows."""
+        """Returns the rule for gathering whole rows; None for gathers of partial windows.
+
+        A clamped index into a dimension of which the slice takes all is always 0: it picks nothing.
+        ``jax.vmap(lambda i: table[i])`` writes one for each dimension of the table.
+        """
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-        shape = eqn.invars[0].aval.shape
-        rows = tuple(numbers.start_index_map)
-        whole = all(sizes[d] == shape[d] for d in range(len(shape)) if d not in rows)
+        shape, collapsed = eqn.invars[0].aval.shape, numbers.collapsed_slice_dims
+        mapped = numbers.start_index_map
+        clamps = GatherScatterMode.from_any(eqn.params["mode"]) == GatherScatterMode.CLIP
+        whole = {d for d, size in enumerate(sizes) if size == shape[d] and d not in collapsed}
+        rows = tuple(d for d in mapped if not (clamps and d in whole))
         if (
             operand != 0
             or numbers.operand_batching_dims
-            or sorted(numbers.collapsed_slice_dims) != sorted(rows)
-            or not whole
+            or not set(collapsed) <= set(rows)
+            or not rows
+            or any(sizes[d] != 1 for d in rows)
+            or any(d not in whole for d in range(len(shape)) if d not in rows)
         ):
             return None
+        windows = [d for d in range(len(shape)) if d not in collapsed]
+        offsets = zip(windows, numbers.offset_dims, strict=True)
+        kept = tuple(offset for d, offset in offsets if d not in rows)
+        columns = tuple(k for k, d in enumerate(mapped) if d in rows)
         # A promise of indices in bounds, when broken, reads the nearest row; its gradient is
         # dropped.
-        drops = GatherScatterMode.from_any(eqn.params["mode"]) != GatherScatterMode.CLIP
-        return cls(rows, tuple(numbers.offset_dims), eqn.outvars[0].aval.ndim, drops)
+        return cls(rows, kept, eqn.outvars[0].aval.ndim, not clamps, columns=columns)
 
     def keep(self, others: Sequence[Array], output: Array) -> Array:
         """Keeps the index vectors, (picks..., number of row dimensions)."""
         del output
-        return others[0]
+        return jnp.stack([others[0][..., k] for k in self.columns], axis=-1)
 
     def factor(self, site: Site, delta: Array, act: Any, value: Array) -> Factor:
         """Returns δ for every row picked; ``act`` is (n, scans..., picks..., row dimensions)."""
