@@ -203,7 +203,21 @@ def compare(fun, params, examples, tolerance, jit=True, claims=CLAIMS, truth=Non
     return wrong
 
 
-@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+LONG_TO_COMPILE = {
+    *("transformer", "embedding_columns", "stack_by_fori", "narrow_indices", "experts_by_index"),
+    *("cond_in_scan", "custom_rules_in_scan", "nested_scans", "lstm", "gru_unrolled"),
+    *("mixture_by_switch", "grid_of_layers", "stack_by_python", "carried_params"),
+}
+"""Architectures that `make test-all` alone tries in float64."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LONG_TO_COMPILE else name
+        for name in architectures.ARCHITECTURES
+    ],
+)
 def test_every_method_equals_vmap_of_grad_in_float64(name):
     tolerance = ROUNDED.get(name, TOLERANCES[jnp.float64])
     assert not compare(*architectures.make(name), tolerance)
