@@ -31,6 +31,10 @@ def test_every_kind_of_use_equals_vmap_of_grad(name):
     assert not compare(*CASES[name], TOLERANCES[jnp.float64])
 
 
+def test_complex_parameters_in_chunks():
+    assert not compare(*CASES["cplx_bias"], TOLERANCES[jnp.float64], chunk_size=3)
+
+
 STAYS_FACTORED = (
     *("scale_scalar", "tril", "rev", "split", "concat", "lora", "weightnorm", "softplus_w"),
     *("softmax_w", "standardized", "mulsum", "mulsum2", "fori", "scan_arange", "scan_lora"),

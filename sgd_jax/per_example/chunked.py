@@ -84,11 +84,15 @@ class ChunkedPerExampleGrads(Rows):
     ) -> PyTree:
         steps, _, chunk_of = chunks(self.examples, self.chunk_size)
 
-        def add(total: PyTree, step: Array) -> tuple[PyTree, None]:
+        def value(step: Array) -> PyTree:
             (chunk, chunk_weights), fresh = chunk_of((self.examples, weights), step)
             grads = self.grads_of(self.params, chunk)
-            value = function(grads, jnp.where(fresh, chunk_weights, 0))
-            return jax.tree.map(jnp.add, total, value), None
+            return function(grads, jnp.where(fresh, chunk_weights, 0))
 
-        zeros = vary_like((self.params, self.examples), jax.tree.map(jnp.zeros_like, self.params))
+        def add(total: PyTree, step: Array) -> tuple[PyTree, None]:
+            return jax.tree.map(jnp.add, total, value(step)), None
+
+        like = jax.eval_shape(value, jnp.asarray(0))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        zeros = vary_like((self.params, self.examples), zeros)
         return jax.lax.scan(add, zeros, jnp.arange(steps))[0]
