@@ -132,15 +132,17 @@ class Tape:
 
     def _evaluate(self, jaxpr: Jaxpr, eqn: Any, operands: list[Slot]) -> list[Slot]:
         call = _as_call(jaxpr, eqn)
-        is_static = all(s.static is not None and not s.leaves for s in operands)
-        if is_static and eqn.primitive.name not in _VARYING:
-            with jax.ensure_compile_time_eval():
-                values = call(*(s.static for s in operands))
-        else:
-            values = call(*(s.value for s in operands))
+        values = call(*(s.value for s in operands))
+        statics: Sequence[Any] = [None] * len(values)
+        if all(s.static is not None and not s.leaves for s in operands):
+            if eqn.primitive.name in _VARYING:
+                statics = [operands[0].static]
+            else:
+                with jax.ensure_compile_time_eval():
+                    statics = call(*(s.static for s in operands))
         leaves = frozenset().union(*(s.leaves for s in operands))
         entry = Entry(eqn.primitive.name, eqn.params, call, operands, [])
-        for value in values:
+        for value, static in zip(values, statics, strict=True):
             flows = (
                 jnp.issubdtype(value.dtype, jnp.inexact) and eqn.primitive.name != "stop_gradient"
             )
@@ -148,8 +150,8 @@ class Tape:
             slot.leaves = leaves if flows else frozenset()
             slot.varies = _varying(entry, value)
             slot.made_by = entry if slot.leaves else None
-            if is_static and eqn.primitive.name in _VARYING:
-                slot.static = operands[0].static
+            if static is not None and _is_small_integer(static):
+                slot.static = np.asarray(static)
             entry.outputs.append(slot)
         return entry.outputs
 
