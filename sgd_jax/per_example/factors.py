@@ -371,9 +371,9 @@ def prefers_forming(factor: Factor) -> bool:
     """Whether materializing g_i at once costs less than keeping its factors, as a rule.
 
     It does if g_i is at most half as large as its factors, as with the kernels of convolutions, or
-    if norms and sum take less time from g_i (one product, and five passes over its a·b numbers)
-    than from the factors (the product of the sum, and the norms by `Outer.norm_route`), and g_i is
-    not much larger.
+    if norms and sum take less time from g_i (one product, and the writing of its a·b numbers, which
+    costs twelve times `NUMBER` since the memory is new) than from the factors (the product of the
+    sum, and the norms by `Outer.norm_route`), and g_i is not much larger.
     """
     if not isinstance(factor, Outer) or factor.num_terms == 1:
         return False
@@ -385,7 +385,7 @@ def prefers_forming(factor: Factor) -> bool:
         return True
     if a * b > 4 * t * (a + b):
         return False
-    formed = a * b * (2 * t + 5 * NUMBER)
+    formed = a * b * (2 * t + 12 * NUMBER)
     gram = t * t * (2 * (a + b) + 2 * NUMBER)
     norms = a * b * (2 * t + 2 * NUMBER)
     return formed < 0.95 * (2 * t * a * b + min(gram if factor.scale is None else norms, norms))
