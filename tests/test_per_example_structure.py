@@ -321,6 +321,14 @@ def test_python_numbers_and_numpy_arrays_are_parameters_too():
     assert_close(grads.mean(), {"a": np.mean(np.arange(3.0)), "b": np.full(3, 2 / 3)})
 
 
+def test_examples_of_numpy_in_float64_are_float32_where_jax_has_no_float64():
+    with jax.enable_x64(False):
+        grads = sj.per_example_grad(lambda w, x: jnp.dot(w, x) ** 2)(jnp.ones(2), np.eye(2))
+        assert (
+            grads.mean().dtype == grads.squared_norms().dtype == grads.gram().dtype == jnp.float32
+        )
+
+
 def test_factored_names_parameter_primitive_line_and_remedy():
     def fun(p, x):
         return jnp.sum(jax.lax.cumsum(p["fine"] * x)) + jnp.sum(jnp.linalg.solve(p["matrix"], x))

@@ -261,8 +261,8 @@ def check_same(facts: Mapping[str, Any], what: str = "settings") -> None:
       ValueError: a fact differs, or is missing somewhere; names each, with its values and the
         processes that have them.
     """
-    if jax.process_count() == 1:
-        return
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return  # asked in this order: counting starts JAX, before --platform has its say
     _check_device_counts(Counter(device.process_index for device in jax.devices()))
     own = {name: json.dumps(value, default=str, sort_keys=True) for name, value in facts.items()}
     differences = describe_differences([json.loads(text) for text in _from_all(json.dumps(own))])

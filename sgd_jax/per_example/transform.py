@@ -257,6 +257,7 @@ def weighted_value_and_grad(
 
 def collect(function: Callable[..., Any], leaves: Sequence[Array], examples: Examples) -> Collected:
     """Runs one backward pass: the cost, δ and the other operand at every site, of every example."""
+    examples = jax.tree.map(jnp.asarray, examples)  # NumPy's float64 is float32 to JAX
     traces = []
 
     def one(example: Example) -> Any:
