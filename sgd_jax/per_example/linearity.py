@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 OPENS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 """Calls that do nothing but run their jaxpr."""
@@ -20,6 +20,20 @@ OPENS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoi
 def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
     """Returns a jaxpr and its constants, closed or not."""
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
+
+
+def alone(
+    jaxpr: Any, eqn: Any, inputs: Sequence[Any], outputs: Sequence[Any]
+) -> Callable[..., Sequence[Any]]:
+    """Returns one equation of a jaxpr as a function of its input variables."""
+    single = jaxpr.replace(
+        constvars=[],
+        invars=list(inputs),
+        outvars=list(outputs),
+        eqns=[eqn],
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    return jaxpr_as_fun(ClosedJaxpr(single, ()))
 
 
 def inner_jaxprs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:

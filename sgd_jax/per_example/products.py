@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
+from jax.extend.core import Jaxpr, Literal, Var
 
+from sgd_jax.per_example.linearity import alone
 from sgd_jax.typing import Array
 
 
@@ -97,14 +98,7 @@ def with_products(jaxpr: Jaxpr) -> Jaxpr:
                 env[eqn.outvars[0]] = product(read(product.x.atom), read(product.y.atom))
                 continue
             inputs = list(dict.fromkeys(a for a in eqn.invars if isinstance(a, Var)))
-            alone = jaxpr.replace(
-                constvars=[],
-                invars=inputs,
-                outvars=list(eqn.outvars),
-                eqns=[eqn],
-                debug_info=jaxpr.debug_info.with_unknown_names(),
-            )
-            values = jaxpr_as_fun(ClosedJaxpr(alone, ()))(*(env[v] for v in inputs))
+            values = alone(jaxpr, eqn, inputs, list(eqn.outvars))(*(env[v] for v in inputs))
             env.update(zip(eqn.outvars, values, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 

@@ -17,11 +17,11 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, Literal, Var
 
 from sgd_jax.per_example.factors import Dense, Factor, Outer, einsum, promote
 from sgd_jax.per_example.layout import Axis, Layout
-from sgd_jax.per_example.linearity import open_jaxpr
+from sgd_jax.per_example.linearity import alone, open_jaxpr
 from sgd_jax.per_example.rules import complement
 from sgd_jax.typing import Array
 
@@ -55,10 +55,6 @@ class Entry:
     call: Callable[..., Sequence[Any]]
     inputs: list[Slot]
     outputs: list[Slot]
-
-    def apply(self, *values: Any) -> Sequence[Any]:
-        """Evaluates the equation on values for all its inputs."""
-        return self.call(*values)
 
 
 @jax.tree_util.register_dataclass
@@ -170,14 +166,7 @@ def _as_call(jaxpr: Any, eqn: Any) -> Callable[..., Sequence[Any]]:
     """Returns an equation as a function of all its operands, literals among them."""
     variables = list(dict.fromkeys(a for a in eqn.invars if isinstance(a, Var)))
     outputs: list[Any] = list(eqn.outvars)
-    alone = jaxpr.replace(
-        constvars=[],
-        invars=variables,
-        outvars=[v for v in outputs if not isinstance(v, DropVar)],
-        eqns=[eqn],
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )
-    function = jaxpr_as_fun(ClosedJaxpr(alone, ()))
+    function = alone(jaxpr, eqn, variables, [v for v in outputs if not isinstance(v, DropVar)])
     first = [next(k for k, a in enumerate(eqn.invars) if a is v) for v in variables]
 
     def call(*values: Any) -> Sequence[Any]:
@@ -239,7 +228,7 @@ def _materialized(entry: Entry, output: Slot, position: int, factor: Factor) -> 
 
     def function(moved: Array) -> Array:
         values = [moved if k == position else s.value for k, s in enumerate(entry.inputs)]
-        return entry.apply(*values)[which]
+        return entry.call(*values)[which]
 
     _, pull = jax.vjp(function, entry.inputs[position].value)
     dtype = output.value.dtype
@@ -505,7 +494,7 @@ def _elementwise(entry: Entry, output: Slot, position: int, factor: Factor) -> l
     else:
 
         def function(moved: Array) -> Array:
-            return entry.apply(*(moved if k == position else v for k, v in enumerate(values)))[0]
+            return entry.call(*(moved if k == position else v for k, v in enumerate(values)))[0]
 
         source = values[position]
         _, derivative = jax.jvp(function, (source,), (jnp.ones_like(source),))
@@ -528,7 +517,7 @@ def _custom(entry: Entry, output: Slot, position: int, factor: Factor) -> list[F
 
     def function(moved: Array) -> Array:
         values = [moved if k == position else s.value for k, s in enumerate(entry.inputs)]
-        return entry.apply(*values)[0]
+        return entry.call(*values)[0]
 
     _, pull = jax.vjp(function, source)
     like = output.value

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, Literal, Var
 
 from sgd_jax.per_example.interpreter import (
     Call,
@@ -22,6 +22,7 @@ from sgd_jax.per_example.interpreter import (
 from sgd_jax.per_example.linearity import (
     NOT_LINEAR,
     OPENS,
+    alone,
     has_backward_rule,
     open_jaxpr,
     pullback_is_linear,
@@ -378,14 +379,7 @@ def _as_function(jaxpr: Jaxpr, eqn: Any) -> tuple[Callable[..., Any], list[Var],
     """Returns one equation as a function of its variables, with those variables and its outputs."""
     inputs = list(dict.fromkeys(a for a in eqn.invars if not isinstance(a, Literal)))
     outputs = [v for v in eqn.outvars if not isinstance(v, DropVar)]
-    alone = jaxpr.replace(
-        constvars=[],
-        invars=inputs,
-        outvars=outputs,
-        eqns=[eqn],
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )
-    return jaxpr_as_fun(ClosedJaxpr(alone, ())), inputs, outputs
+    return alone(jaxpr, eqn, inputs, outputs), inputs, outputs
 
 
 def _counted(body: Jaxpr, before: Any, after: Any) -> int | None:

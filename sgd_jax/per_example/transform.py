@@ -145,22 +145,19 @@ class Collected:
         With ``forms``, g_i is materialized if that costs less, see `factors.prefers_forming`.
         """
         delta, act = self.deltas[site], self.acts[site]
-        shape = (
-            jax.eval_shape(functools.partial(self._pulled, site), delta, act)
-            if (self.trace.sites[site].rule.expands)
-            else None
-        )
-        if forms and shape is not None and _any_is_larger_than_formed(shape):
+        pulled = functools.partial(self._pulled, site)
+        expands = forms and self.trace.sites[site].rule.expands
+        if expands and _any_is_larger_than_formed(jax.eval_shape(pulled, delta, act)):
             # Formed in a loop over a few groups of examples: their patches then need not exist all
             # at once.
             def form(example: tuple[Array, Any]) -> Landed:
                 one_delta, one_act = (x[None] for x in example)
-                return _materialize(self._pulled(site, one_delta, one_act), lead=True)
+                return _map_factors(pulled(one_delta, one_act), lambda f: f.materialize()[0])
 
             group = -(-delta.shape[0] // _NUM_GROUPS)
             formed = jax.lax.map(form, (delta, act), batch_size=group)
-            return _wrap(formed)
-        landed = self._pulled(site, delta, act)
+            return _map_factors(formed, lambda values: Dense(values))
+        landed = pulled(delta, act)
         return _form_if_cheaper(landed) if forms else landed
 
     def _pulled(self, site: int, delta: Array, act: Any) -> Landed:
@@ -348,15 +345,6 @@ def _canonical(landed: Landed) -> Landed:
 def _any_is_larger_than_formed(landed: Landed) -> bool:
     both = (*landed.leaves.values(), *landed.stopped.values())
     return any(F.is_larger_than_formed(f) for factors in both for f in factors)
-
-
-def _materialize(landed: Landed, lead: bool) -> Landed:
-    """The arrays g_i of every factor; with ``lead``, of one example without its leading axis."""
-    return _map_factors(landed, lambda f: f.materialize()[0] if lead else f.materialize())
-
-
-def _wrap(formed: Landed) -> Landed:
-    return _map_factors(formed, lambda values: Dense(values))
 
 
 def _form_if_cheaper(landed: Landed) -> Landed:
